@@ -1,0 +1,205 @@
+"""What batching gains and what process borders cost: decode tokens/s, in one process and in a cluster.
+
+    .venv/bin/python benchmarks/decode_batching.py [--new-tokens 64] [--repeats 3] [--json]
+
+Both run the model in the box with the same prompts in the same run, and must give the same tokens. Only the
+ratios are worth comparing between machines.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import queue
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.client import GenerateOptions, InferenceClient
+from cluster.local_state import LocalCluster
+from cluster.models import find_model
+from wire.metrics import Metrics
+from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.engine import Engine
+from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
+from workers.checkpoint import open_checkpoint
+from workers.config import AttentionConfig
+
+BATCHES = (1, 8, 32)
+PROMPT_TOKENS = 64
+SEED = 0
+START_S = 180
+
+Prompts = list[list[int]]
+Run = Callable[[Prompts], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measurement: the median of the repeats."""
+
+    place: str
+    batch: int
+    tokens_per_s: float
+
+
+def main(
+    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Measures both places at every batch size."""
+    torch.set_num_threads(1)
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(3, 259) for _ in range(PROMPT_TOKENS)] for _ in range(max(BATCHES))]
+    results = []
+    with engine() as local, cluster() as address:
+        runs: dict[str, Run] = {
+            "one process": lambda asked: in_process(local, asked, new_tokens),
+            "cluster": lambda asked: in_cluster(address, asked, new_tokens),
+        }
+        for batch in BATCHES:
+            outputs = {}
+            for place, run in runs.items():
+                outputs[place], tokens_per_s = measure(run, prompts[:batch], repeats)
+                results.append(Result(place, batch, tokens_per_s))
+            if outputs["one process"] != outputs["cluster"]:
+                raise SystemExit(f"batch {batch}: the cluster gave other tokens than one process")
+    show(results, as_json=as_json)
+
+
+def measure(run: Run, prompts: Prompts, repeats: int) -> tuple[list[list[int]], float]:
+    """The tokens, and new tokens per second (prefill included), the median of `repeats` after one warm-up."""
+    outputs = run(prompts)
+    rates = []
+    for _ in range(repeats):
+        began_s = time.perf_counter()
+        outputs = run(prompts)
+        rates.append(sum(map(len, outputs)) / (time.perf_counter() - began_s))
+    return outputs, statistics.median(rates)
+
+
+def in_process(local: Engine, prompts: Prompts, new_tokens: int) -> list[list[int]]:
+    """Every prompt at once through one engine."""
+    sinks: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
+    for i, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
+        spec = SequenceSpec(
+            request_id=f"{i}",
+            attempt=0,
+            token_ids=tuple(prompt),
+            num_prompt_tokens=len(prompt),
+            max_tokens=new_tokens,
+            stop_token_ids=frozenset(),
+            sampling=Sampling(),
+            source=Source.LOCAL,
+        )
+        local.submit(spec, sink.put)
+    return [read_tokens(sink) for sink in sinks]
+
+
+def read_tokens(sink: "queue.SimpleQueue[Event]") -> list[int]:
+    """All new tokens of one sequence."""
+    tokens: list[int] = []
+    while True:
+        event = sink.get()
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, NewToken):
+            tokens.append(event.token_id)
+            if event.finish is not None:
+                return tokens
+
+
+def in_cluster(address: str, prompts: Prompts, new_tokens: int) -> list[list[int]]:
+    """Every prompt at once through the router."""
+
+    async def ask() -> list[list[int]]:
+        async with InferenceClient(address) as client:
+            options = GenerateOptions(max_tokens=new_tokens, ignore_eos=True)
+            return await client.all_tokens(prompts, options)
+
+    return asyncio.run(ask())
+
+
+@contextmanager
+def engine() -> Iterator[Engine]:
+    """The model in the box, whole in this process, one thread."""
+    checkpoint = open_checkpoint(find_model("tiny").path)
+    built = build_engine(
+        checkpoint,
+        InProcessExperts.load(checkpoint),
+        config=EngineConfig(group=AttentionConfig()),
+        metrics=Metrics("attention"),
+    )
+    built.start()
+    yield built
+    built.stop()
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A default cluster on this host (2 expert, 1 prefill, 1 decode worker); the address of its router."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, state = Path(folder) / "config.yaml", Path(folder) / "cluster.json"
+        config.write_text(yaml.safe_dump({"router": {"grpc_port": 0, "http_port": 0}}))
+        moray = Path(sys.executable).parent / "moray"
+        process = subprocess.Popen(
+            [str(moray), "up", "--config", str(config)],
+            env=os.environ | {"MORAY_STATE_FILE": str(state)},
+            stdout=subprocess.DEVNULL,
+        )
+        ends_s = time.monotonic() + START_S
+        while not state.exists():
+            if process.poll() is not None or time.monotonic() > ends_s:
+                raise SystemExit("the cluster did not start")
+            time.sleep(0.2)
+        try:
+            yield LocalCluster(**json.loads(state.read_text())).router_address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def show(results: list[Result], *, as_json: bool) -> None:
+    """Prints the figures with the machine that they belong to."""
+    rate = {(result.place, result.batch): result.tokens_per_s for result in results}
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {versions}"
+    if as_json:
+        rows = [{"place": r.place, "batch": r.batch, "tokens_per_s": r.tokens_per_s} for r in results]
+        typer.echo(json.dumps({"machine": machine, "seed": SEED, "results": rows}))
+        return
+    table = Table(
+        "batch", "one process, tok/s", "over batch 1", "cluster, tok/s", "over batch 1", "cluster / process"
+    )
+    for batch in BATCHES:
+        alone, apart = rate["one process", batch], rate["cluster", batch]
+        table.add_row(
+            str(batch),
+            f"{alone:.0f}",
+            f"{alone / rate['one process', 1]:.2f}x",
+            f"{apart:.0f}",
+            f"{apart / rate['cluster', 1]:.2f}x",
+            f"{apart / alone:.2f}x",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{machine}; model tiny, {PROMPT_TOKENS}-token prompts, seed {SEED}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""The control plane: config, Ray actors, controller, topology, placement, lifecycle, command line."""

@@ -1,0 +1,183 @@
+"""Ray actors: thin shells that give a server of another room a process, a node and a life.
+
+`start` is idempotent: a restarted controller calls it on actors that run already and gets the same report.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+import ray.util
+
+from cluster.config import MorayConfig
+from cluster.logs import configure_logging
+from cluster.models import find_model
+from wire.metrics import Metrics
+
+if TYPE_CHECKING:
+    from router.front.service import RouterService
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartSpec:
+    """What a worker is told at start."""
+
+    worker_id: str
+    role: str
+    config: MorayConfig
+    controller_address: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartReport:
+    """Where a started worker can be reached."""
+
+    address: str
+    metrics_address: str
+    node_id: str
+    """Ray's id of the node it runs on."""
+    started_s: int
+    """Unix second in which it started."""
+    num_pages: int = 0
+
+
+_ANY_HOST = ("0.0.0.0", "::")
+
+
+def node_address() -> str:
+    """The address at which other nodes reach this one."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray has no types here
+    return address
+
+
+def find_actor(name: str, *, namespace: str) -> Any | None:
+    """The handle of a live named actor, or None."""
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return None
+
+
+class _Server(Protocol):
+    metrics: Metrics
+
+    async def start(self, port: int = 0) -> int: ...
+
+    async def stop(self) -> None: ...
+
+
+class MemberActor:
+    """What every member has in Ray; its methods run on the actor's asyncio loop."""
+
+    def __init__(self) -> None:
+        self._report: StartReport | None = None
+        self._starting = asyncio.Lock()
+        self._stopped = asyncio.Event()
+
+    async def start(self, spec: StartSpec) -> StartReport:
+        """Starts serving, and says where; the same report again when it serves already.
+
+        Raises:
+            ModelBroken: the checkpoint cannot be served.
+            ConfigError: the model is not on this host, or a port is taken; names the field.
+        """
+        async with self._starting:
+            if self._report is None:
+                configure_logging(spec.config.log_level, role=spec.role, member_id=spec.worker_id)
+                self._report = await self._serve(spec)
+            return self._report
+
+    async def wait_stopped(self) -> None:
+        """Returns after `stop`; fails with Ray's actor error when the process dies first."""
+        await self._stopped.wait()
+
+    async def stop(self) -> None:
+        """Ends what it serves."""
+        await self._end()
+        self._stopped.set()
+
+    async def _serve(self, spec: StartSpec) -> StartReport:
+        raise NotImplementedError
+
+    async def _end(self) -> None:
+        raise NotImplementedError
+
+
+class WorkerActor(MemberActor):
+    """An expert or attention worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server: _Server | None = None
+
+    async def _serve(self, spec: StartSpec) -> StartReport:
+        host = node_address()
+        # Off the loop: reading weights takes long, and the actor must answer meanwhile.
+        self._server = await asyncio.to_thread(_make_server, spec, host)
+        port = await self._server.start()
+        metrics_port = self._server.metrics.serve(host, 0)
+        num_pages = 0 if spec.role == "expert" else getattr(spec.config, spec.role).num_pages
+        return _report(f"{host}:{port}", f"{host}:{metrics_port}", num_pages=num_pages)
+
+    async def _end(self) -> None:
+        if self._server is not None:
+            await self._server.stop()
+
+
+class RouterActor(MemberActor):
+    """A router; `stop` lets running requests finish first (router.drain_s)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._service: RouterService | None = None
+
+    async def _serve(self, spec: StartSpec) -> StartReport:
+        from router.front.service import RouterService
+
+        config = spec.config.router
+        host = node_address() if config.host in _ANY_HOST else config.host
+        self._service = RouterService(
+            config, controller_address=spec.controller_address, name=spec.worker_id, advertise_host=host
+        )
+        await self._service.start()
+        return _report(f"{host}:{self._service.grpc_port}", f"{host}:{self._service.http_port}")
+
+    async def _end(self) -> None:
+        if self._service is not None:
+            await self._service.drain()
+            await self._service.stop()
+
+
+def _report(address: str, metrics_address: str, *, num_pages: int = 0) -> StartReport:
+    return StartReport(
+        address=address,
+        metrics_address=metrics_address,
+        node_id=ray.get_runtime_context().get_node_id(),
+        started_s=int(time.time()),
+        num_pages=num_pages,
+    )
+
+
+def _make_server(spec: StartSpec, host: str) -> _Server:
+    # Imported here: only workers load torch, not the controller that also imports this module.
+    from workers.attention.build import EngineConfig
+    from workers.attention.server import AttentionServer, AttentionSettings
+    from workers.expert.server import ExpertServer
+
+    path = find_model(spec.config.model).path
+    if spec.role == "expert":
+        return ExpertServer(spec.worker_id, checkpoint_dir=path, config=spec.config.expert, host=host)
+    settings = AttentionSettings(
+        engine=EngineConfig(group=getattr(spec.config, spec.role), kv=spec.config.kv, mtp=spec.config.mtp),
+        dispatch=spec.config.dispatch,
+        controller_address=spec.controller_address,
+        host=host,
+    )
+    return AttentionServer(spec.worker_id, checkpoint_dir=path, settings=settings)
+
+
+def actor_class(role: str) -> Any:
+    """The Ray actor class of a role; Any, since Ray's decorators are untyped."""
+    return ray.remote(RouterActor if role == "router" else WorkerActor)

@@ -1,0 +1,1 @@
+"""The `moray` command line: one module a command."""

@@ -1,0 +1,58 @@
+"""`moray status`: one view of the cluster, from its router."""
+
+import asyncio
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from cluster.client import InferenceClient
+from cluster.local_state import router_address
+from wire.proto import control_pb2
+
+
+def status(
+    address: Annotated[str | None, typer.Option(help="host:port of a router; else MORAY_ADDRESS.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole snapshot as JSON.")] = False,
+) -> None:
+    """Shows the members of the cluster and its routing table's version."""
+    snapshot = asyncio.run(_fetch(router_address(address)))
+    if as_json:
+        typer.echo(
+            MessageToJson(
+                snapshot, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            )
+        )
+        return
+    console = Console()
+    console.print(_table(snapshot))
+    table_version = snapshot.table.version if snapshot.HasField("table") else "none yet"
+    console.print(f"model {snapshot.model.name}, routing table {table_version}")
+    if snapshot.waiting_for:
+        console.print(f"waiting for {snapshot.waiting_for}")
+
+
+async def _fetch(address: str) -> control_pb2.ClusterSnapshot:
+    async with InferenceClient(address) as client:
+        return await client.cluster()
+
+
+def _time(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S") if unix_s else ""
+
+
+def _table(snapshot: control_pb2.ClusterSnapshot) -> Table:
+    table = Table("member", "state", "address", "metrics", "node", "running since")
+    for member in snapshot.members:
+        table.add_row(
+            member.worker_id,
+            "ready" if member.is_ready else "starting",
+            member.address,
+            member.metrics_address,
+            member.node.host,
+            _time(member.incarnation),
+        )
+    return table

@@ -1,0 +1,153 @@
+"""A client of the gRPC API, as the command line uses it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from wire.errors import ERROR_KEY, DeadlinePassed, MorayError, NotReady, WorkerLost, from_rpc
+from wire.proto import common_pb2, control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from wire.rpc import CHANNEL_OPTIONS
+
+_VIEW_S = 10.0
+"""Seconds for a router to show its view of the cluster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How to generate; None leaves the choice to the router."""
+
+    model: str = ""
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int = 0
+    seed: int | None = None
+    deadline_s: float | None = None
+
+
+def make_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """The request for a text or for token ids."""
+    sampling = common_pb2.SamplingParams(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
+    )
+    request = inference_pb2.GenerateRequest(
+        model=options.model, sampling=sampling, max_tokens=options.max_tokens, ignore_eos=options.ignore_eos
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.tokens.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    return request
+
+
+class InferenceClient:
+    """Requests to one router; use as an async context manager."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self._channel)
+
+    async def __aenter__(self) -> "InferenceClient":
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.close()
+
+    async def stream(
+        self, prompt: str | Sequence[int], options: GenerateOptions
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """The messages of one answer.
+
+        Raises:
+            MorayError: what the cluster answered instead.
+        """
+        call = self._stub.Generate(make_request(prompt, options), timeout=options.deadline_s)
+        has_begun = False
+        try:
+            async for response in call:
+                has_begun = True
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise _router_error(error, self._address, has_begun=has_begun) from None
+        finally:
+            call.cancel()
+
+    async def tokens(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[int]:
+        """All new tokens of one answer.
+
+        Raises:
+            MorayError: what the cluster answered instead.
+        """
+        return [
+            token_id async for response in self.stream(prompt, options) for token_id in response.token_ids
+        ]
+
+    async def all_tokens(
+        self, prompts: Sequence[str | Sequence[int]], options: GenerateOptions
+    ) -> list[list[int]]:
+        """The new tokens of several prompts, all asked at once.
+
+        Raises:
+            MorayError: of the first prompt that failed.
+        """
+        return await asyncio.gather(*(self.tokens(prompt, options) for prompt in prompts))
+
+    async def cluster(self) -> control_pb2.ClusterSnapshot:
+        """The router's view of the cluster.
+
+        Raises:
+            MorayError: what the router answered instead.
+        """
+        try:
+            return await self._stub.GetCluster(inference_pb2.GetClusterRequest(), timeout=_VIEW_S)
+        except grpc.aio.AioRpcError as error:
+            raise _router_error(error, self._address) from None
+
+
+async def shut_down(controller_address: str, *, deadline_s: float) -> None:
+    """Asks a controller to end its cluster; returns when every member is gone.
+
+    Raises:
+        MorayError: nothing answers there, or not in time.
+    """
+    async with grpc.aio.insecure_channel(controller_address, options=CHANNEL_OPTIONS) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        try:
+            await stub.Shutdown(control_pb2.ShutdownRequest(), timeout=deadline_s)
+        except grpc.aio.AioRpcError as error:
+            if not _is_unreachable(error):
+                raise from_rpc(error) from None
+            message = (
+                f"no controller answers at {controller_address} ({_cause(error)}); its cluster may be gone"
+            )
+            raise NotReady(message) from None
+
+
+def _router_error(error: grpc.aio.AioRpcError, address: str, *, has_begun: bool = False) -> MorayError:
+    """What a router answered; or, when it was the connection that failed, where to and what to do."""
+    if _is_unreachable(error):
+        if has_begun:
+            return WorkerLost(
+                f"the router at {address} went away ({_cause(error)}): no whole answer; ask again"
+            )
+        hint = "start a cluster with `moray up`, or name a router by --address or MORAY_ADDRESS"
+        return NotReady(f"no router answers at {address} ({_cause(error)}); {hint}")
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlinePassed(f"no whole answer from {address} before the deadline")
+    return from_rpc(error)
+
+
+def _is_unreachable(error: grpc.aio.AioRpcError) -> bool:
+    """Whether gRPC itself says UNAVAILABLE: a process of Moray that does names its error class beside it."""
+    is_from_moray = any(key == ERROR_KEY for key, _ in error.trailing_metadata())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not is_from_moray
+
+
+def _cause(error: grpc.aio.AioRpcError) -> str:
+    """The last of the causes that gRPC chains: "...; last error: UNKNOWN: ipv4:...: Connection refused"."""
+    return (error.details() or "unavailable").rsplit(": ", 1)[-1].rstrip("]")

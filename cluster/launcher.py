@@ -1,0 +1,153 @@
+"""Starts and stops worker actors: the controller's hands in Ray."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.actors import StartReport, StartSpec, actor_class, find_actor
+from cluster.config import MorayConfig
+from cluster.homes import Home, Needs, NodeCapacity, plan_home
+from cluster.topology.types import NodeTopology, RayNode, TopologyReader
+from wire.errors import MorayError, NotReady, WorkerLost
+
+
+class Launcher:
+    """Actors by worker id, each on the node that `plan_home` chooses; used by one asyncio loop."""
+
+    def __init__(self, config: MorayConfig, *, controller_address: str, topology: TopologyReader) -> None:
+        self._config = config
+        self._controller_address = controller_address
+        self._topology = topology
+        self._head_node_id: str = ray.get_runtime_context().get_node_id()
+        self._homes: dict[str, Home] = {}
+        self._actors: dict[str, Any] = {}
+        self._planning = asyncio.Lock()
+
+    async def launch(self, worker_id: str, role: str) -> tuple[StartReport, NodeTopology]:
+        """A started worker and its node: the actor that runs under the name already, or a new one.
+
+        Raises:
+            NotReady: no node can take it now.
+            WorkerLost: its process died while it started.
+            MorayError: what the worker itself raised.
+        """
+        async with self._planning:
+            actor = self._find(worker_id) or await self._create(worker_id, role)
+        self._actors[worker_id] = actor
+        spec = StartSpec(
+            worker_id=worker_id, role=role, config=self._config, controller_address=self._controller_address
+        )
+        report: StartReport = await self._call(worker_id, actor.start.remote(spec))
+        self._homes[worker_id] = Home(report.node_id, self._needs(role))
+        return report, await self._topology_of(report.node_id)
+
+    def running(self, worker_ids: Iterable[str]) -> list[str]:
+        """Those whose actors run already, started by an earlier controller."""
+        return [worker_id for worker_id in worker_ids if self._find(worker_id) is not None]
+
+    async def wait_lost(self, worker_id: str) -> None:
+        """Returns when a worker stopped as it was told to.
+
+        Raises:
+            WorkerLost: its process is gone.
+        """
+        await self._call(worker_id, self._actors[worker_id].wait_stopped.remote())
+
+    def kill(self, worker_id: str) -> None:
+        """Ends a worker's process now, if there is one."""
+        self._homes.pop(worker_id, None)
+        actor = self._actors.pop(worker_id, None)
+        if actor is not None:
+            ray.kill(actor)
+
+    async def stop(self, worker_id: str, *, grace_s: float) -> None:
+        """Lets a worker end by itself, then kills it."""
+        actor = self._actors.get(worker_id)
+        if actor is not None:
+            with contextlib.suppress(MorayError, TimeoutError):
+                await asyncio.wait_for(self._call(worker_id, actor.stop.remote()), grace_s)
+        self.kill(worker_id)
+
+    async def _call(self, worker_id: str, reference: Any) -> Any:
+        try:
+            return await reference
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MorayError):
+                raise error.cause from None
+            raise WorkerLost(f"{worker_id}: {error.cause}") from error
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"{worker_id}: {type(error).__name__}") from error
+
+    def _find(self, worker_id: str) -> Any | None:
+        """The live actor of an earlier controller, so that a restarted one goes on with what runs."""
+        return find_actor(worker_id, namespace=self._config.name)
+
+    async def _create(self, worker_id: str, role: str) -> Any:
+        needs = self._needs(role)
+        nodes = await self._nodes()
+        if role == "router":
+            nodes = [node for node in nodes if node.topology.node_id == self._head_node_id]
+        node = plan_home(needs, nodes, list(self._homes.values()))
+        if node is None:
+            wanted = f"labels {dict(needs.node_selector)}, {needs.num_cpus:g} CPUs, {needs.num_gpus:g} GPUs"
+            raise NotReady(f"none of {len(nodes)} nodes has {wanted} left")
+        actor = (
+            actor_class(role)
+            .options(
+                name=worker_id,
+                namespace=self._config.name,
+                lifetime="detached",
+                max_restarts=0,
+                num_cpus=needs.num_cpus,
+                num_gpus=needs.num_gpus,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            )
+            .remote()
+        )
+        self._homes[worker_id] = Home(node.node_id, needs)
+        return actor
+
+    def _needs(self, role: str) -> Needs:
+        if role == "router":
+            return Needs(group=role, node_selector={})
+        group = getattr(self._config, role)
+        return Needs(
+            group=role,
+            num_cpus=group.num_cpus,
+            num_gpus=group.num_gpus,
+            node_selector=group.node_selector,
+            max_per_node=group.max_per_node,
+        )
+
+    async def _topology_of(self, node_id: str) -> NodeTopology:
+        for node in await self._nodes():
+            if node.topology.node_id == node_id:
+                return node.topology
+        raise WorkerLost(f"node {node_id} left the Ray cluster")
+
+    async def _nodes(self) -> list[NodeCapacity]:
+        alive = [_ray_node(raw) for raw in await asyncio.to_thread(ray.nodes) if raw["Alive"]]
+        topologies = await asyncio.to_thread(self._topology.read, alive)
+        return [
+            NodeCapacity(
+                topology=topology,
+                num_cpus=node.resources.get("CPU", 0.0),
+                num_gpus=node.resources.get("GPU", 0.0),
+            )
+            for node, topology in zip(alive, topologies, strict=True)
+        ]
+
+
+def _ray_node(raw: dict[str, Any]) -> RayNode:
+    return RayNode(
+        node_id=raw["NodeID"],
+        address=raw["NodeManagerAddress"],
+        host=raw["NodeManagerHostname"],
+        labels=raw.get("Labels") or {},
+        resources=raw.get("Resources") or {},
+    )

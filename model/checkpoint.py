@@ -1,0 +1,206 @@
+"""Reads a checkpoint directory in the HF layout: config.json, safetensors (one file, or shards and an index).
+
+Opening reads headers only; `read` touches only the bytes of the tensor asked for, so that a worker with 8 of
+256 experts never reads the others.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.config import ModelConfig, load_config
+from model.errors import CheckpointInvalid
+from model.fp8_blocks import dequantize_blocks, scale_shape
+from model.tensor_names import expected_tensors
+
+__all__ = ["Checkpoint", "TensorHeader", "expected_tensors"]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+SCALE_SUFFIX = "_scale_inv"
+_FP8 = "F8_E4M3"
+_READABLE = frozenset({"F32", "BF16", "F16", _FP8})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """What a file's header says of one tensor."""
+
+    file: str
+    """Name of the file in the checkpoint directory."""
+    shape: tuple[int, ...]
+    dtype: str
+    """In safetensors' words: F32, BF16, F16, F8_E4M3."""
+
+
+class Checkpoint:
+    """One checkpoint directory: its config, and its tensors by name."""
+
+    def __init__(
+        self, path: Path, config: ModelConfig, headers: Mapping[str, TensorHeader], file_of: Mapping[str, str]
+    ) -> None:
+        self.path = path
+        """Directory that was opened."""
+        self.config = config
+        """Architecture, from config.json."""
+        self._headers = dict(headers)
+        self._file_of = dict(file_of)
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Reads config.json, the index, and the headers of the files that are there.
+
+        A shard that the index names and that is not there is no error yet: `check` and `read` raise.
+
+        Raises:
+            ConfigInvalid: config.json names an architecture that this code does not compute.
+            CheckpointInvalid: a file is missing or unreadable.
+        """
+        config = load_config(path)
+        file_of = _read_index(path)
+        headers: dict[str, TensorHeader] = {}
+        for file in sorted(set(file_of.values())):
+            if (path / file).exists():
+                headers |= _read_headers(path / file)
+        placed = {name: h for name, h in headers.items() if file_of.get(name, h.file) == h.file}
+        return cls(path, config, placed, {name: h.file for name, h in placed.items()} | file_of)
+
+    def names(self) -> tuple[str, ...]:
+        """All tensors that the index or the files name, scales included, sorted."""
+        return tuple(sorted(self._file_of))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as stored."""
+        return self._header(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor as stored: F32, BF16, F16, F8_E4M3."""
+        return self._header(name).dtype
+
+    def file_of(self, name: str) -> Path:
+        """File that holds a tensor."""
+        if name not in self._file_of:
+            raise CheckpointInvalid(name, problem="missing tensor")
+        return self.path / self._file_of[name]
+
+    def read(self, name: str, *, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in float32, FP8 blocks multiplied out; reads nothing else.
+
+        Raises:
+            CheckpointInvalid: it is missing, misshapen, of a type that cannot be read, or has no scales.
+        """
+        self._check_tensor(name, shape)
+        stored = self._read_raw(name)
+        if self.dtype(name) != _FP8:
+            return stored.to(torch.float32)
+        block = self._block_size(name)
+        return dequantize_blocks(stored, self._read_raw(name + SCALE_SUFFIX).to(torch.float32), block=block)
+
+    def check(self) -> None:
+        """Looks at the header of every tensor that the config asks for; reads no weight.
+
+        Raises:
+            CheckpointInvalid: the first tensor (in the order of the layers) that is missing or misshapen.
+        """
+        for name, shape in expected_tensors(self.config).items():
+            self._check_tensor(name, shape)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that tell two checkpoints apart by config, names, types, shapes and file sizes.
+
+        Values are not read: two trainings of one architecture in the same files look alike.
+        """
+        files = sorted(set(self._file_of.values()))
+        sizes = {file: (self.path / file).stat().st_size for file in files if (self.path / file).exists()}
+        tensors = {name: [h.dtype, *h.shape] for name, h in sorted(self._headers.items())}
+        text = json.dumps([asdict(self.config), sizes, tensors], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _header(self, name: str) -> TensorHeader:
+        if name not in self._headers:
+            file = self.file_of(name)
+            problem = f"missing file {file}" if not file.exists() else f"missing from {file}"
+            raise CheckpointInvalid(name, problem=problem)
+        return self._headers[name]
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        header = self._header(name)
+        if header.shape != shape:
+            raise CheckpointInvalid(name, problem="misshapen tensor", wanted=shape, given=header.shape)
+        if header.dtype not in _READABLE:
+            wanted = ", ".join(sorted(_READABLE))
+            raise CheckpointInvalid(name, problem="unsupported dtype", wanted=wanted, given=header.dtype)
+        if header.dtype == _FP8:
+            self._check_scale(name, shape)
+
+    def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
+        scale_name = name + SCALE_SUFFIX
+        wanted = scale_shape(shape, block=self._block_size(name))
+        if scale_name not in self._file_of:
+            raise CheckpointInvalid(scale_name, problem=f"missing scale of FP8 tensor {name}")
+        header = self._header(scale_name)
+        if header.shape != wanted:
+            raise CheckpointInvalid(scale_name, problem="misshapen scale", wanted=wanted, given=header.shape)
+        if header.dtype != "F32":
+            raise CheckpointInvalid(scale_name, problem="unsupported dtype", wanted="F32", given=header.dtype)
+
+    def _block_size(self, name: str) -> int:
+        if self.config.weight_block_size is None:
+            raise CheckpointInvalid(name, problem="FP8 tensor, but config.json has no quantization_config")
+        return self.config.weight_block_size
+
+    def _read_raw(self, name: str) -> Tensor:
+        file = self.file_of(name)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                tensor: Tensor = handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointInvalid(name, problem=f"cannot be read from {file}: {error}") from error
+        return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name; without an index, the names of the single file."""
+    index = path / INDEX_FILE
+    if not index.exists():
+        single = path / SINGLE_FILE
+        if not single.exists():
+            raise CheckpointInvalid(str(path), problem=f"neither {INDEX_FILE} nor {SINGLE_FILE}")
+        return dict.fromkeys(_read_headers(single), SINGLE_FILE)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointInvalid(str(index), problem=f"no index with a weight_map: {error!r}") from error
+    if not isinstance(weight_map, dict):
+        raise CheckpointInvalid(str(index), problem="weight_map is not an object")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointInvalid(
+                str(index), problem=f"{name} is not in a file of this directory: {file!r}"
+            )
+    return weight_map
+
+
+def _read_headers(file: Path) -> dict[str, TensorHeader]:
+    """What a file's header says of each tensor; maps the file, reads no weight."""
+    headers: dict[str, TensorHeader] = {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = handle.get_slice(name)
+                shape = tuple(part.get_shape())
+                headers[name] = TensorHeader(file=file.name, shape=shape, dtype=part.get_dtype())
+    except (OSError, SafetensorError) as error:
+        # safe_open says "no such file" of one that this user may not read.
+        problem = (
+            f"not a safetensors file: {error}" if os.access(file, os.R_OK) else "this user cannot read it"
+        )
+        raise CheckpointInvalid(str(file), problem=problem) from error
+    return headers

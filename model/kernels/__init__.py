@@ -1,0 +1,1 @@
+"""Fast paths, each beside the plain torch reference that it must equal."""

@@ -1,0 +1,125 @@
+"""DeepSeek-V3.2: tokens in, hidden states and logits out; cache and routed experts belong to the caller.
+
+Letters: T tokens, D hidden, V vocabulary, K top-k.
+"""
+
+import torch
+from torch import Tensor
+
+from model.attention import Step, attention
+from model.batch import Batch, CacheView, MoeStep, Trace
+from model.config import ModelConfig
+from model.errors import ConfigInvalid
+from model.linear import linear
+from model.mlp import swiglu
+from model.moe import select_experts
+from model.norms import rms_norm
+from model.rope import Rope
+from model.weights import LayerWeights, ModelWeights, MoeWeights, MtpWeights
+
+
+class Transformer:
+    """The model without its routed experts; stateless between calls, so any thread may use it."""
+
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, *, zero_first_embedding: bool = False
+    ) -> None:
+        self.config = config
+        self._weights = weights
+        self._rope = Rope(config, device=weights.embed_VD.device)
+        self._zero_first_embedding = zero_first_embedding
+        """Whether the MTP layer takes zeros for the embedding at position 0 (vLLM does, SGLang does not)."""
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: CacheView, moe: MoeStep, trace: Trace | None = None) -> Tensor:
+        """Hidden states after the final norm: (T, D) float32; the batch's cache rows are appended.
+
+        Args:
+            batch: the next tokens of some sequences.
+            cache: rows of those sequences; layers [0, num_hidden_layers) are used.
+            moe: starts the routed experts of one layer.
+            trace: is told every choice of experts and positions.
+        """
+        step = self._step(batch, cache, trace)
+        x_TD = self._weights.embed_VD[batch.token_ids_T]
+        for layer_idx, layer in enumerate(self._weights.layers):
+            x_TD = _run_layer(x_TD, layer, step, moe, layer_idx=layer_idx)
+        return rms_norm(x_TD, self._weights.norm_D, eps=self.config.rms_norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Scores of the next token: (T, V) float32, of hidden states from `forward`."""
+        return linear(hidden_TD, self._weights.head_VD)
+
+    @torch.inference_mode()
+    def mtp_forward(
+        self, batch: Batch, hidden_TD: Tensor, cache: CacheView, moe: MoeStep, trace: Trace | None = None
+    ) -> Tensor:
+        """The MTP layer's hidden states after shared_head.norm: (T, D) float32.
+
+        Feed them back as `hidden_TD` for a second draft step.
+
+        Args:
+            batch: token_ids_T are the NEXT tokens t_{i+1} of positions i = position_ids_T.
+            hidden_TD: (T, D) float32, states of positions i from `forward`, or from this.
+            cache: rows of those sequences; layer num_hidden_layers is used.
+            moe: starts the routed experts of one layer.
+            trace: is told every choice of experts and positions.
+
+        Raises:
+            ConfigInvalid: the checkpoint has no MTP layer.
+        """
+        mtp = self._mtp()
+        step, eps = self._step(batch, cache, trace), self.config.rms_norm_eps
+        embed_TD = mtp.embed_VD[batch.token_ids_T]
+        if self._zero_first_embedding:
+            is_first_T = batch.position_ids_T.to(embed_TD.device) == 0
+            embed_TD = embed_TD.masked_fill(is_first_T[:, None], 0.0)
+        embed_TD = rms_norm(embed_TD, mtp.embed_norm_D, eps=eps)
+        joined_T2D = torch.cat((embed_TD, rms_norm(hidden_TD, mtp.hidden_norm_D, eps=eps)), dim=-1)
+        x_TD = linear(joined_T2D, mtp.join_D2D)
+        x_TD = _run_layer(x_TD, mtp.layer, step, moe, layer_idx=self.config.num_hidden_layers)
+        return rms_norm(x_TD, mtp.norm_D, eps=eps)
+
+    @torch.inference_mode()
+    def mtp_head(self, hidden_TD: Tensor) -> Tensor:
+        """Scores of token i + 2: (T, V) float32, of hidden states from `mtp_forward`."""
+        return linear(hidden_TD, self._mtp().head_VD)
+
+    def mtp_logits(
+        self, batch: Batch, hidden_TD: Tensor, cache: CacheView, moe: MoeStep, trace: Trace | None = None
+    ) -> Tensor:
+        """`mtp_head` of `mtp_forward`: (T, V) float32, the scores of token i + 2."""
+        return self.mtp_head(self.mtp_forward(batch, hidden_TD, cache, moe, trace))
+
+    def _step(self, batch: Batch, cache: CacheView, trace: Trace | None) -> Step:
+        table = self._rope.table(batch.position_ids_T.to(self._weights.embed_VD.device))
+        return Step(config=self.config, batch=batch, table=table, cache=cache, trace=trace)
+
+    def _mtp(self) -> MtpWeights:
+        if self._weights.mtp is None:
+            raise ConfigInvalid("num_nextn_predict_layers", wanted="1 for MTP", given=0)
+        return self._weights.mtp
+
+
+def _run_layer(x_TD: Tensor, layer: LayerWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> Tensor:
+    """One decoder block of the residual stream (T, D)."""
+    eps = step.config.rms_norm_eps
+    normed_TD = rms_norm(x_TD, layer.input_norm_D, eps=eps)
+    x_TD = x_TD + attention(normed_TD, layer.attention, step, layer_idx=layer_idx)
+    normed_TD = rms_norm(x_TD, layer.post_norm_D, eps=eps)
+    if layer.moe is not None:
+        return x_TD + _run_moe(normed_TD, layer.moe, step, moe, layer_idx=layer_idx)
+    if layer.mlp is not None:
+        return x_TD + swiglu(normed_TD, layer.mlp)
+    return x_TD
+
+
+def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> Tensor:
+    """Routed experts plus the shared one, which is computed while the others are under way: (T, D)."""
+    ids_TK, weights_TK = select_experts(x_TD, weights.gate_ED, weights.bias_E, step.config)
+    if step.trace is not None:
+        step.trace.on_gate(layer_idx, ids_TK, weights_TK)
+    pending = moe(layer_idx, x_TD, ids_TK, weights_TK)
+    shared_TD = swiglu(x_TD, weights.shared)
+    return shared_TD + pending.result()

@@ -1,0 +1,1 @@
+"""Everything that decides where something goes: requests to attention workers, tokens to experts."""

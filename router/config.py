@@ -1,0 +1,28 @@
+"""What can be set of the router."""
+
+from pydantic import Field
+
+from wire.config import FrozenConfig
+
+
+class RouterConfig(FrozenConfig):
+    """The public endpoint: addresses, defaults and limits."""
+
+    replicas: int = Field(1, ge=0, le=1)
+    """Routers that the controller starts as Ray actors; 0 where they run outside Ray, as `moray router`."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface (there is no authentication yet)."""
+    grpc_port: int = Field(50051, ge=0, le=65535)
+    """Port of the gRPC API; 0 picks a free one."""
+    http_port: int = Field(8000, ge=0, le=65535)
+    """Port of /metrics, /sd, /healthz and /readyz; 0 picks a free one."""
+    default_max_tokens: int = Field(256, ge=1)
+    """New tokens of a request that does not say max_tokens."""
+    max_active_requests: int = Field(1024, ge=1)
+    """Requests in flight in this router; one more is refused with RESOURCE_EXHAUSTED."""
+    num_replays: int = Field(3, ge=0)
+    """Times that a request is started again on other workers before its client sees an error."""
+    ready_wait_s: float = Field(30.0, ge=0)
+    """Seconds that a request waits for a worker before it is refused with UNAVAILABLE."""
+    drain_s: float = Field(30.0, ge=0)
+    """Seconds that running requests get to finish after SIGTERM."""

@@ -1,0 +1,1 @@
+"""Tokens to expert workers: routing table, dispatch plan, transports (held by attention workers)."""

@@ -1,0 +1,116 @@
+"""The dispatch plan: which rows go to which expert worker, each token once per worker.
+
+Worked example (also a test): two tokens choose experts [0, 1] and [1, 2]; experts 0 and 1 live on worker 0,
+expert 2 on worker 1. Worker 0 gets rows 0 and 1 once each with three assignments (row 0 expert 0, row 0
+expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
+
+T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from router.experts.table import Ints, RoutingTable
+from wire.errors import StaleTable
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """(token, expert) pairs of one layer: three arrays in parallel."""
+
+    token_idx_A: Ints
+    """(A,) row of the activations."""
+    expert_idx_A: Ints
+    """(A,) logical expert."""
+    weight_A: Float32
+    """(A,) weight of the expert's output."""
+
+
+@dataclass(frozen=True)
+class WorkerCall:
+    """What one expert worker is asked in one dispatch."""
+
+    worker_id: str
+    token_idx_R: Ints
+    """(R,) rows of the activations that travel, ascending, each once."""
+    row_idx_A: Int32
+    """(A,) row of each assignment, into `token_idx_R`."""
+    expert_idx_A: Int32
+    """(A,) logical expert of each assignment."""
+    weight_A: Float32
+
+    def assignments(self) -> Assignments:
+        """The pairs of this call in terms of the whole batch, to plan them again."""
+        return Assignments(
+            token_idx_A=self.token_idx_R[self.row_idx_A],
+            expert_idx_A=self.expert_idx_A.astype(np.int64),
+            weight_A=self.weight_A,
+        )
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Every call of one layer's dispatch; combine takes it back."""
+
+    layer_idx: int
+    table_version: int
+    calls: tuple[WorkerCall, ...]
+
+
+def assignments_of(ids_TK: Int32, weights_TK: Float32) -> Assignments:
+    """The pairs behind a gate's choice; ids of -1 are no choice."""
+    num_tokens, num_choices = ids_TK.shape
+    flat_A = ids_TK.reshape(-1)
+    chosen_A = np.flatnonzero(flat_A >= 0)
+    token_A = np.repeat(np.arange(num_tokens, dtype=np.int64), num_choices)
+    return Assignments(
+        token_idx_A=token_A[chosen_A],
+        expert_idx_A=flat_A[chosen_A].astype(np.int64),
+        weight_A=weights_TK.reshape(-1)[chosen_A],
+    )
+
+
+def plan_dispatch(assignments: Assignments, table: RoutingTable, *, layer_idx: int) -> DispatchPlan:
+    """The calls that compute `assignments`, each token once per destination worker.
+
+    Raises:
+        StaleTable: the table does not know the layer or an expert.
+    """
+    routes = table.routes(layer_idx)
+    if assignments.expert_idx_A.size and int(assignments.expert_idx_A.max()) >= table.num_experts:
+        raise StaleTable(f"expert {int(assignments.expert_idx_A.max())} is not among {table.num_experts}")
+    worker_A = routes.choose_workers(assignments.expert_idx_A, assignments.token_idx_A)
+    calls = []
+    for worker_idx in np.unique(worker_A):
+        mine = np.flatnonzero(worker_A == worker_idx)
+        token_idx_R, row_idx_A = np.unique(assignments.token_idx_A[mine], return_inverse=True)
+        call = WorkerCall(
+            worker_id=table.worker_ids[worker_idx],
+            token_idx_R=token_idx_R,
+            row_idx_A=row_idx_A.astype(np.int32),
+            expert_idx_A=assignments.expert_idx_A[mine].astype(np.int32),
+            weight_A=assignments.weight_A[mine],
+        )
+        calls.append(call)
+    return DispatchPlan(layer_idx=layer_idx, table_version=table.version, calls=tuple(calls))
+
+
+def join_assignments(parts: Sequence[Assignments]) -> Assignments:
+    """One list of pairs out of several."""
+    return Assignments(
+        token_idx_A=np.concatenate([part.token_idx_A for part in parts]),
+        expert_idx_A=np.concatenate([part.expert_idx_A for part in parts]),
+        weight_A=np.concatenate([part.weight_A for part in parts]),
+    )
+
+
+def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64) -> None:
+    """Adds one worker's partial sums; FP64, so that the order of the workers changes no bit."""
+    total_TD[call.token_idx_R] += partial_RD

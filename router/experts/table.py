@@ -1,0 +1,164 @@
+"""The routing table: for each MoE layer and expert, the replicas that hold it.
+
+Glossary, with numbers: a model with 4 *logical experts* on 2 workers of 3 *slots* a layer has 6 slots, so two
+experts get a second *replica*. Replica (worker 1, slot 2, share 0.5) takes half of its expert's rows.
+A table is immutable and has a version; it is checked when it is built, so that every dispatch finds a home.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from wire.errors import StaleTable
+from wire.proto import control_pb2
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One copy of an expert."""
+
+    expert_idx: int
+    worker_idx: int
+    """Index into `RoutingTable.worker_ids`."""
+    slot_idx: int
+    share: float
+    """Part of the expert's rows that this copy takes, (0, 1]; the shares of an expert sum to 1."""
+
+
+@dataclass(frozen=True)
+class LayerRoutes:
+    """The replicas of one layer, as arrays to look up many rows at once; M = most replicas of any expert."""
+
+    replicas: tuple[Replica, ...]
+    worker_EM: Ints
+    """(E, M) worker index of each replica, padded with the last one."""
+    threshold_EM: Floats
+    """(E, M) upper end of each replica's interval of [0, 1), padded with 1."""
+
+    def choose_workers(self, expert_idx_A: Ints, row_idx_A: Ints) -> Ints:
+        """(A,) worker index for each assignment.
+
+        A row's point in [0, 1) is the fractional part of row * golden ratio: spread evenly over any run of
+        rows, and the same for every retry. With shares 0.5 and 0.5, rows 0, 1, 2, 3 have the points
+        0.00, 0.62, 0.24, 0.85 and go to the replicas 0, 1, 0, 1.
+        """
+        point_A = np.modf(row_idx_A * _GOLDEN)[0]
+        replica_A = (point_A[:, None] >= self.threshold_EM[expert_idx_A]).sum(axis=1)
+        chosen: Ints = self.worker_EM[expert_idx_A, np.minimum(replica_A, self.worker_EM.shape[1] - 1)]
+        return chosen
+
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTable:
+    """An immutable snapshot of where every expert lives."""
+
+    version: int
+    num_experts: int
+    worker_ids: tuple[str, ...]
+    layers: Mapping[int, LayerRoutes]
+    """MoE layer index -> its routes."""
+
+    def routes(self, layer_idx: int) -> LayerRoutes:
+        """The routes of one layer.
+
+        Raises:
+            StaleTable: the table does not know the layer.
+        """
+        if layer_idx not in self.layers:
+            raise StaleTable(
+                f"routing table {self.version} has no layer {layer_idx}; it has {list(self.layers)}"
+            )
+        return self.layers[layer_idx]
+
+
+def build_table(
+    *, version: int, num_experts: int, worker_ids: Sequence[str], layers: Mapping[int, Sequence[Replica]]
+) -> RoutingTable:
+    """A checked table.
+
+    Raises:
+        StaleTable: an expert has no replica, its shares do not sum to 1, or a worker or expert is unknown.
+    """
+    routes = {
+        layer_idx: _build_layer(
+            replicas, num_experts=num_experts, num_workers=len(worker_ids), layer_idx=layer_idx
+        )
+        for layer_idx, replicas in sorted(layers.items())
+    }
+    return RoutingTable(
+        version=version,
+        num_experts=num_experts,
+        worker_ids=tuple(worker_ids),
+        layers=MappingProxyType(routes),
+    )
+
+
+def _build_layer(
+    replicas: Sequence[Replica], num_experts: int, num_workers: int, layer_idx: int
+) -> LayerRoutes:
+    by_expert: list[list[Replica]] = [[] for _ in range(num_experts)]
+    for replica in replicas:
+        if not (0 <= replica.expert_idx < num_experts and 0 <= replica.worker_idx < num_workers):
+            raise StaleTable(
+                f"layer {layer_idx}: {replica} is outside {num_experts} experts, {num_workers} workers"
+            )
+        by_expert[replica.expert_idx].append(replica)
+    for expert_idx, copies in enumerate(by_expert):
+        total = sum(copy.share for copy in copies)
+        if not copies or abs(total - 1.0) > 1e-6 or min(copy.share for copy in copies) <= 0:
+            raise StaleTable(
+                f"layer {layer_idx}, expert {expert_idx}: {len(copies)} replicas, shares sum to {total}; "
+                "wanted at least one, shares > 0, sum 1"
+            )
+    most = max(len(copies) for copies in by_expert)
+    worker_EM = np.zeros((num_experts, most), dtype=np.int64)
+    threshold_EM = np.ones((num_experts, most), dtype=np.float64)
+    for expert_idx, copies in enumerate(by_expert):
+        workers = [copy.worker_idx for copy in copies]
+        worker_EM[expert_idx] = workers + workers[-1:] * (most - len(copies))
+        threshold_EM[expert_idx, : len(copies) - 1] = np.cumsum([copy.share for copy in copies])[:-1]
+    return LayerRoutes(replicas=tuple(replicas), worker_EM=worker_EM, threshold_EM=threshold_EM)
+
+
+def table_to_proto(table: RoutingTable) -> control_pb2.RoutingTable:
+    """The table as it travels."""
+    message = control_pb2.RoutingTable(
+        version=table.version, num_experts=table.num_experts, worker_ids=table.worker_ids
+    )
+    for layer_idx, routes in table.layers.items():
+        layer = message.layers.add(layer_idx=layer_idx)
+        for replica in routes.replicas:
+            layer.expert_idx.append(replica.expert_idx)
+            layer.worker_idx.append(replica.worker_idx)
+            layer.slot_idx.append(replica.slot_idx)
+            layer.share.append(replica.share)
+    return message
+
+
+def table_from_proto(message: control_pb2.RoutingTable) -> RoutingTable:
+    """The table that a controller published, checked again.
+
+    Raises:
+        StaleTable: the message is not a complete table.
+    """
+    layers = {
+        layer.layer_idx: [
+            Replica(expert_idx=expert, worker_idx=worker, slot_idx=slot, share=share)
+            for expert, worker, slot, share in zip(
+                layer.expert_idx, layer.worker_idx, layer.slot_idx, layer.share, strict=True
+            )
+        ]
+        for layer in message.layers
+    }
+    return build_table(
+        version=message.version, num_experts=message.num_experts, worker_ids=message.worker_ids, layers=layers
+    )

@@ -1,0 +1,1 @@
+"""The public API of Moray: gRPC server, HTTP side endpoints, tokenizer."""

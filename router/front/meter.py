@@ -1,0 +1,58 @@
+"""Counts one request: its status, its tokens, its waits."""
+
+import asyncio
+import time
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from router.requests.types import AdmittedRequest, TokenBatch
+from wire.errors import MorayError
+from wire.metrics import Metrics
+from wire.rpc import Context
+
+
+class RequestMeter:
+    """One `with` block a request; whatever ends the block is the request's status."""
+
+    def __init__(self, metrics: Metrics, context: Context) -> None:
+        self._metrics = metrics
+        self._context = context
+        self._last_s: float | None = None
+        self._has_tokens = False
+
+    def __enter__(self) -> Self:
+        self._metrics.gauge("active_requests").inc()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.gauge("active_requests").dec()
+        self._metrics.counter("requests_total", code=self._code(error).name).inc()
+
+    def admit(self, request: AdmittedRequest) -> None:
+        """The request passed every check."""
+        self._last_s = time.perf_counter()
+        self._metrics.counter("prompt_tokens_total").inc(len(request.prompt_ids))
+
+    def count(self, batch: TokenBatch) -> None:
+        """A message goes to the client."""
+        now_s = time.perf_counter()
+        if batch.token_ids and self._last_s is not None:
+            name = "token_gap_seconds" if self._has_tokens else "first_token_seconds"
+            self._metrics.histogram(name).observe(now_s - self._last_s)
+            self._metrics.counter("generated_tokens_total").inc(len(batch.token_ids))
+            self._last_s, self._has_tokens = now_s, True
+
+    def _code(self, error: BaseException | None) -> grpc.StatusCode:
+        if error is None:
+            return grpc.StatusCode.OK
+        if isinstance(error, MorayError):
+            return error.code
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            left_s = self._context.time_remaining()
+            has_passed = left_s is not None and left_s <= 0
+            return grpc.StatusCode.DEADLINE_EXCEEDED if has_passed else grpc.StatusCode.CANCELLED
+        return grpc.StatusCode.INTERNAL

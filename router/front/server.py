@@ -1,0 +1,116 @@
+"""The gRPC servicer of moray.v1.Inference."""
+
+import asyncio
+import contextlib
+import logging
+import random
+
+from router.config import RouterConfig
+from router.front.admission import Admission
+from router.front.meter import RequestMeter
+from router.front.tokenizer import TextStream, TokenizerStore
+from router.front.validate import AdmissionRules, check_request, plan_admission
+from router.requests.roster import Roster
+from router.requests.session import SessionRunner
+from router.requests.types import AdmittedRequest, TokenBatch
+from wire.errors import NotReady
+from wire.metrics import Metrics
+from wire.proto import common_pb2, control_pb2, inference_pb2, inference_pb2_grpc
+from wire.rpc import Context, unary_errors
+
+_log = logging.getLogger(__name__)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Answers clients; all of its parts are handed in."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        roster: Roster,
+        runner: SessionRunner,
+        admission: Admission,
+        metrics: Metrics,
+        rng: random.Random,
+    ) -> None:
+        self._config = config
+        self._roster = roster
+        self._runner = runner
+        self._admission = admission
+        self._metrics = metrics
+        self._rng = rng
+        self._tokenizers = TokenizerStore()
+
+    @unary_errors
+    async def Generate(  # type: ignore[override]  # gRPC's write style, which the generated base does not know
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> None:
+        """Streams new tokens.
+
+        Written in gRPC's write style, not as a generator: a client that goes away while a message is being
+        written then cancels this coroutine itself, and the worker's call ends in the same turn of the loop.
+        """
+        left_s = context.time_remaining()
+        end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
+        with RequestMeter(self._metrics, context) as meter, self._admission.enter():
+            admitted, text = await self._admit(request, end_s=end_s)
+            meter.admit(admitted)
+            async with contextlib.aclosing(self._runner.run(admitted, end_s=end_s)) as batches:
+                async for batch in batches:
+                    meter.count(batch)
+                    await context.write(_response(admitted, batch, text))
+
+    @unary_errors
+    async def ListModels(
+        self, _request: inference_pb2.ListModelsRequest, _context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        """The model that is served; none before the first snapshot."""
+        snapshot = self._roster.snapshot
+        has_model = snapshot is not None and snapshot.HasField("model")
+        return inference_pb2.ListModelsResponse(models=[snapshot.model] if snapshot and has_model else [])
+
+    @unary_errors
+    async def GetCluster(
+        self, _request: inference_pb2.GetClusterRequest, _context: Context
+    ) -> control_pb2.ClusterSnapshot:
+        """The newest snapshot. Raises NotReady before the first."""
+        if self._roster.snapshot is None:
+            raise NotReady(f"this router waits for {self._roster.view.waiting_for}")
+        return self._roster.snapshot
+
+    async def _admit(
+        self, request: inference_pb2.GenerateRequest, *, end_s: float | None
+    ) -> tuple[AdmittedRequest, TextStream]:
+        wait_s = self._config.ready_wait_s
+        if end_s is not None:
+            wait_s = min(wait_s, max(end_s - asyncio.get_running_loop().time(), 0.0))
+        view = await self._roster.wait_for(lambda view: view.model is not None, timeout_s=wait_s)
+        if view.model is None:
+            raise NotReady(f"this router waits for {view.waiting_for}")
+        check_request(request, view.model)
+        if request.WhichOneof("prompt") == "text":
+            prompt_ids = await self._tokenizers.encode(request.text, view.model)
+        else:
+            prompt_ids = tuple(request.tokens.ids)
+        rules = AdmissionRules(model=view.model, default_max_tokens=self._config.default_max_tokens)
+        admitted = plan_admission(request, prompt_ids, rules=rules, rng=self._rng)
+        _log.debug("request %s: %d prompt tokens", admitted.request_id, len(prompt_ids))
+        return admitted, TextStream(await self._tokenizers.find(view.model))
+
+
+def _response(
+    request: AdmittedRequest, batch: TokenBatch, text: TextStream
+) -> inference_pb2.GenerateResponse:
+    is_last = batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+    response = inference_pb2.GenerateResponse(
+        request_id=request.request_id,
+        first_idx=batch.first_idx,
+        token_ids=batch.token_ids,
+        text=text.push(batch.token_ids) + (text.finish() if is_last else ""),
+        finish_reason=batch.finish_reason,
+    )
+    if is_last:
+        response.usage.prompt_tokens = len(request.prompt_ids)
+        response.usage.completion_tokens = batch.first_idx + len(batch.token_ids)
+    return response

@@ -1,0 +1,148 @@
+"""A request from the wire becomes an admitted one, or an error that names the field. Pure.
+
+Two steps, because the text is tokenized between them: `check_request` needs no token, `plan_admission` does.
+"""
+
+import math
+import random
+import re
+from dataclasses import dataclass
+
+from router.requests.members import ModelFacts
+from router.requests.types import AdmittedRequest
+from wire.errors import InvalidRequest, PromptTooLong, UnknownModel
+from wire.proto import common_pb2, inference_pb2
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+_MAX_SHOWN_CHARS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionRules:
+    """What admission needs besides the request."""
+
+    model: ModelFacts
+    default_max_tokens: int
+    """New tokens of a request that does not say; cut to what fits."""
+
+
+def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
+    """Refuses what can be refused before the text is tokenized.
+
+    Raises:
+        UnknownModel: the request names another model.
+        InvalidRequest: naming the field, what it wants and what it was given.
+    """
+    if request.model and request.model != model.name:
+        raise UnknownModel(
+            f"model {_show(request.model)} is not served here; this cluster serves {model.name!r}",
+            field="model",
+        )
+    if request.request_id and not _REQUEST_ID.fullmatch(request.request_id):
+        raise _invalid(
+            "request_id",
+            "1 to 128 characters of A-Z a-z 0-9 . _ : / -",
+            f"{len(request.request_id)} characters, {_show(request.request_id)}",
+        )
+    _check_prompt(request)
+    if request.HasField("max_tokens") and request.max_tokens == 0:
+        raise _invalid("max_tokens", "at least 1", "0; leave it unset for the default")
+    _check_sampling(request.sampling)
+
+
+def plan_admission(
+    request: inference_pb2.GenerateRequest,
+    prompt_ids: tuple[int, ...],
+    *,
+    rules: AdmissionRules,
+    rng: random.Random,
+) -> AdmittedRequest:
+    """The request as workers will get it.
+
+    Args:
+        request: passed `check_request`.
+        prompt_ids: token ids of its prompt.
+        rules: the model and the defaults.
+        rng: draws the request id, the wire id and the seed that the client left out.
+
+    Raises:
+        InvalidRequest: a token id is not in the vocabulary.
+        PromptTooLong: prompt and new tokens do not fit the context.
+    """
+    field = request.WhichOneof("prompt") or "prompt"
+    model = rules.model
+    if not prompt_ids:
+        raise _invalid(field, "at least one token", "none")
+    _check_vocabulary(prompt_ids, model, field=field)
+    request_id = request.request_id or f"{rng.getrandbits(96):024x}"
+    sampling = request.sampling
+    return AdmittedRequest(
+        request_id=request_id,
+        wire_id=f"{request_id}~{rng.getrandbits(64):016x}",
+        model=model.fingerprint,
+        prompt_ids=prompt_ids,
+        max_tokens=_plan_max_tokens(request, len(prompt_ids), rules=rules, field=field),
+        stop_token_ids=() if request.ignore_eos else (model.eos_token_id,),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        top_k=sampling.top_k,
+        seed=sampling.seed if sampling.HasField("seed") else rng.getrandbits(64),
+    )
+
+
+def _check_prompt(request: inference_pb2.GenerateRequest) -> None:
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise _invalid("prompt", "text or tokens", "neither")
+    if kind == "text" and not request.text:
+        raise _invalid("text", "at least one character", "an empty string")
+    if kind == "tokens" and not request.tokens.ids:
+        raise _invalid("tokens", "at least one token id", "an empty list")
+
+
+def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
+    if not math.isfinite(sampling.temperature) or sampling.temperature < 0:
+        raise _invalid("sampling.temperature", "a finite number >= 0", f"{sampling.temperature:g}")
+    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
+        raise _invalid("sampling.top_p", "a number in (0, 1]", f"{sampling.top_p:g}")
+
+
+def _check_vocabulary(prompt_ids: tuple[int, ...], model: ModelFacts, *, field: str) -> None:
+    if max(prompt_ids) < model.vocab_tokens:
+        return
+    idx, token_id = next((i, t) for i, t in enumerate(prompt_ids) if t >= model.vocab_tokens)
+    raise _invalid(
+        field,
+        f"token ids in [0, {model.vocab_tokens})",
+        f"{token_id} at position {idx}, not in the vocabulary",
+    )
+
+
+def _plan_max_tokens(
+    request: inference_pb2.GenerateRequest, num_prompt_tokens: int, *, rules: AdmissionRules, field: str
+) -> int:
+    context = rules.model.max_context_tokens
+    room = context - num_prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            f"{field}: wanted at most {context - 1} prompt tokens "
+            f"(context {context}, one new token at least); got {num_prompt_tokens}; shorten the prompt",
+            field=field,
+        )
+    if not request.HasField("max_tokens"):
+        return min(rules.default_max_tokens, room)
+    if request.max_tokens > room:
+        raise PromptTooLong(
+            f"max_tokens: wanted at most {room} new tokens after a prompt of {num_prompt_tokens} "
+            f"(context {context}); got {request.max_tokens}; lower max_tokens or shorten the prompt",
+            field="max_tokens",
+        )
+    return request.max_tokens
+
+
+def _invalid(field: str, wanted: str, got: str) -> InvalidRequest:
+    return InvalidRequest(f"{field}: wanted {wanted}; got {got}", field=field)
+
+
+def _show(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}...")

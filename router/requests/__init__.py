@@ -1,0 +1,1 @@
+"""Requests to attention workers: admission, the choice of workers, sessions."""

@@ -1,0 +1,143 @@
+"""A request from admission to its last token: attempts on workers, replayed until the stream is whole."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from router.requests.attempt import Attempt, AttemptFailed, CallTerms, open_attempt
+from router.requests.ledger import Ledger
+from router.requests.links import WorkerLinks
+from router.requests.retry import GiveUp, RetryState, plan_retry
+from router.requests.roster import Roster
+from router.requests.selection import Route, num_pages_of, plan_route
+from router.requests.transcript import Transcript
+from router.requests.types import AdmittedRequest, Failure, TokenBatch
+from wire.errors import DeadlinePassed, NotReady
+from wire.handshake import Handshake
+from wire.metrics import Metrics
+from wire.proto import common_pb2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionLimits:
+    """How long a session keeps trying."""
+
+    num_replays: int
+    """Times that a request is started again on other workers."""
+    ready_wait_s: float
+    """Seconds that it waits for a worker."""
+
+
+class SessionRunner:
+    """Runs requests; every one is an async iterator that the caller must close."""
+
+    def __init__(
+        self, *, roster: Roster, links: WorkerLinks, limits: SessionLimits, metrics: Metrics
+    ) -> None:
+        self._roster = roster
+        self._links = links
+        self._limits = limits
+        self._metrics = metrics
+        self.ledger = Ledger()
+        """What is in flight; sessions are the only writers."""
+
+    async def run(self, request: AdmittedRequest, *, end_s: float | None) -> AsyncGenerator[TokenBatch, None]:
+        """The new tokens of a request, numbered, until its end mark.
+
+        Args:
+            request: the admitted request.
+            end_s: loop time at which the client's deadline passes, or None.
+
+        Raises:
+            MorayError: the request cannot be finished; WorkerLost after the last replay.
+        """
+        transcript = Transcript(request)
+        state = self._first_state()
+        for attempt_idx in itertools.count():
+            route = await self._wait_route(state, end_s=end_s)
+            num_before = transcript.num_tokens
+            sequence = transcript.plan_sequence(attempt=attempt_idx, prefill_address=route.prefill_address)
+            terms = self._terms(request, end_s=end_s)
+            with open_attempt(
+                sequence, route=route, terms=terms, ledger=self.ledger, links=self._links
+            ) as call:
+                try:
+                    while True:
+                        batch = await _next_batch(call, transcript)
+                        yield batch
+                        if batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+                            return
+                except AttemptFailed as error:
+                    failure = Failure(
+                        error=error.error,
+                        is_answer=error.is_answer,
+                        made_progress=transcript.num_tokens > num_before,
+                    )
+            if ending := transcript.plan_ending():
+                yield ending
+                return
+            state = await self._plan_next(state, failure, route=route, request=request)
+
+    async def _plan_next(
+        self, state: RetryState, failure: Failure, *, route: Route, request: AdmittedRequest
+    ) -> RetryState:
+        """The state to go on with, after the pause that it asks for; raises where there is no going on."""
+        now_s = asyncio.get_running_loop().time()
+        state, action = plan_retry(state, failure, route=route, view=self._roster.view, now_s=now_s)
+        if isinstance(action, GiveUp):
+            raise action.error
+        self._metrics.counter("replays_total").inc()
+        _log.warning(
+            "request %s: replays after %s on %s (prefill %s): %s",
+            request.request_id,
+            type(failure.error).__name__,
+            route.decode.key,
+            route.prefill.key,
+            failure.error.message,
+        )
+        if action.delay_s:
+            await self._roster.wait_change(action.delay_s)
+        return state
+
+    async def _wait_route(self, state: RetryState, *, end_s: float | None) -> Route:
+        loop = asyncio.get_running_loop()
+        left_s = self._limits.ready_wait_s
+        if end_s is not None:
+            left_s = min(left_s, max(end_s - loop.time(), 0.0))
+        try:
+            view = await self._roster.wait_ready(left_s)
+        except NotReady:
+            if end_s is not None and loop.time() >= end_s:
+                raise DeadlinePassed("the deadline passed while the cluster was not ready") from None
+            raise
+        route = plan_route(view, self.ledger.loads, avoid=state.avoid)
+        if route is None:
+            raise NotReady(f"the cluster waits for {view.waiting_for or 'attention workers'}")
+        return route
+
+    def _first_state(self) -> RetryState:
+        return RetryState(
+            num_replays_left=self._limits.num_replays,
+            patience_s=self._limits.ready_wait_s,
+            progress_s=asyncio.get_running_loop().time(),
+        )
+
+    def _terms(self, request: AdmittedRequest, *, end_s: float | None) -> CallTerms:
+        page_tokens = self._roster.view.page_tokens
+        return CallTerms(
+            handshake=Handshake(model=request.model, page_tokens=page_tokens),
+            num_pages=num_pages_of(len(request.prompt_ids) + request.max_tokens, page_tokens),
+            end_s=end_s,
+        )
+
+
+async def _next_batch(attempt: Attempt, transcript: Transcript) -> TokenBatch:
+    """The next event that carries tokens or the end."""
+    while True:
+        batch = transcript.accept(await attempt.read())
+        if batch.token_ids or batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+            return batch

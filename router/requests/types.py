@@ -1,0 +1,54 @@
+"""What the request side of the router passes around: the admitted request, tokens out, a failure."""
+
+from dataclasses import dataclass
+
+from wire.errors import MorayError
+from wire.proto import common_pb2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmittedRequest:
+    """A request that passed every check; sent to workers as often as needed."""
+
+    request_id: str
+    """What the client calls it; goes back in every response."""
+    wire_id: str
+    """What workers call it: unique over all routers and clients."""
+    model: str
+    """Fingerprint of the model that it was checked against; workers of another one refuse it."""
+    prompt_ids: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int
+    """New tokens at most, >= 1; fits the context together with the prompt."""
+    stop_token_ids: tuple[int, ...]
+    """Ids that end the sequence; () = only `max_tokens` does."""
+    temperature: float
+    """0 = greedy."""
+    top_p: float
+    """In (0, 1]."""
+    top_k: int
+    """0 = all."""
+    seed: int
+    """In [0, 2**64)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """New tokens of a request, in order."""
+
+    first_idx: int
+    """Position of the first of them among the new tokens, from 0."""
+    token_ids: tuple[int, ...]
+    finish_reason: "common_pb2.FinishReason.ValueType"
+    """FINISH_REASON_UNSPECIFIED unless these are the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One attempt's end other than success."""
+
+    error: MorayError
+    is_answer: bool
+    """The worker itself said so; False = the connection or the process broke."""
+    made_progress: bool
+    """Tokens of this attempt reached the client."""

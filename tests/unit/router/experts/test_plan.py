@@ -1,0 +1,146 @@
+"""The dispatch plan: every pair once, each token once per worker, and sums that do not know where."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.experts.plan import (
+    Assignments,
+    DispatchPlan,
+    add_partial,
+    assignments_of,
+    join_assignments,
+    plan_dispatch,
+)
+from router.experts.table import RoutingTable, build_table
+from tests.unit.router.experts.harness import (
+    LAYER,
+    Choices,
+    choices,
+    copies,
+    partial_sums,
+    plain_combine,
+    random_choices,
+    tables,
+)
+from wire.errors import StaleTable
+
+NUM_EXPERTS = 6
+TABLES = tables(num_experts=NUM_EXPERTS, version=8)
+
+
+def _plan(given_choices: Choices, table: RoutingTable) -> DispatchPlan:
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    return plan_dispatch(pairs, table, layer_idx=LAYER)
+
+
+def _combine(given_choices: Choices, plan: DispatchPlan) -> np.ndarray:
+    total_TD = np.zeros(given_choices.x_TD.shape)
+    for call in plan.calls:
+        add_partial(total_TD, call, partial_sums(given_choices.x_TD[call.token_idx_R], call))
+    return total_TD.astype(np.float32)
+
+
+def _multiset(pairs: Assignments) -> Counter[tuple[int, int, float]]:
+    arrays = (pairs.token_idx_A, pairs.expert_idx_A, pairs.weight_A)
+    return Counter(zip(*(array.tolist() for array in arrays), strict=True))
+
+
+def test_docstring_example() -> None:
+    replicas = [*copies(0, [0], [1]), *copies(1, [0], [1]), *copies(2, [1], [1])]
+    table = build_table(version=4, num_experts=3, worker_ids=["w0", "w1"], layers={LAYER: replicas})
+    ids_TK = np.array([[0, 1], [1, 2]], dtype=np.int32)
+    weights_TK = np.array([[0.1, 0.2], [0.3, 0.4]], dtype=np.float32)
+    plan = plan_dispatch(assignments_of(ids_TK, weights_TK), table, layer_idx=LAYER)
+    assert (plan.layer_idx, plan.table_version) == (LAYER, 4)
+    first, second = plan.calls
+    assert (first.worker_id, first.token_idx_R.tolist()) == ("w0", [0, 1])
+    assert list(zip(first.row_idx_A.tolist(), first.expert_idx_A.tolist(), strict=True)) == [
+        (0, 0), (0, 1), (1, 1),
+    ]  # fmt: skip
+    assert (second.worker_id, second.token_idx_R.tolist()) == ("w1", [1])
+    assert (second.row_idx_A.tolist(), second.expert_idx_A.tolist()) == ([0], [2])
+    assert second.weight_A.tolist() == [np.float32(0.4)]
+
+
+@given(given_choices=choices())
+def test_pairs_are_those_of_the_plain_loop_without_the_empty_choices(given_choices: Choices) -> None:
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    got = list(zip(pairs.token_idx_A, pairs.expert_idx_A, pairs.weight_A, strict=True))
+    assert got == given_choices.pairs()
+
+
+@given(given_choices=choices(), table=TABLES)
+def test_every_pair_travels_exactly_once_with_its_weight(given_choices: Choices, table: RoutingTable) -> None:
+    plan = _plan(given_choices, table)
+    travelled = sum((_multiset(call.assignments()) for call in plan.calls), Counter())
+    assert travelled == Counter((t, e, float(w)) for t, e, w in given_choices.pairs())
+
+
+@given(given_choices=choices(), table=TABLES)
+def test_calls_go_to_different_workers_that_hold_the_experts(
+    given_choices: Choices, table: RoutingTable
+) -> None:
+    plan = _plan(given_choices, table)
+    names = [call.worker_id for call in plan.calls]
+    assert len(set(names)) == len(names)
+    held = {(table.worker_ids[r.worker_idx], r.expert_idx) for r in table.routes(LAYER).replicas}
+    assert {(call.worker_id, int(e)) for call in plan.calls for e in call.expert_idx_A} <= held
+
+
+@given(given_choices=choices(), table=TABLES)
+def test_rows_of_a_call_ascend_and_each_is_needed(given_choices: Choices, table: RoutingTable) -> None:
+    for call in _plan(given_choices, table).calls:
+        rows = call.token_idx_R.tolist()
+        assert rows == sorted(set(rows))
+        assert sorted(set(call.row_idx_A.tolist())) == list(range(len(rows)))
+        assert (call.row_idx_A.dtype, call.expert_idx_A.dtype, call.weight_A.dtype) == (
+            np.int32, np.int32, np.float32,
+        )  # fmt: skip
+
+
+@given(given_choices=choices(), table=TABLES)
+def test_dispatch_then_combine_equals_the_plain_loop_bit_for_bit(
+    given_choices: Choices, table: RoutingTable
+) -> None:
+    """The plain loop knows no worker: so no number of workers, placement or share changes a bit."""
+    assert np.array_equal(_combine(given_choices, _plan(given_choices, table)), plain_combine(given_choices))
+
+
+@given(given_choices=choices(), tables_given=st.tuples(TABLES, TABLES), lost=st.integers(0, 15))
+def test_calls_planned_again_elsewhere_change_no_bit(
+    given_choices: Choices, tables_given: tuple[RoutingTable, RoutingTable], lost: int
+) -> None:
+    """Any subset of the calls is lost and its pairs are planned on another table."""
+    plan = _plan(given_choices, tables_given[0])
+    kept = [call for i, call in enumerate(plan.calls) if not lost >> i & 1]
+    again = [call.assignments() for i, call in enumerate(plan.calls) if lost >> i & 1]
+    if again:
+        kept += plan_dispatch(join_assignments(again), tables_given[1], layer_idx=LAYER).calls
+    total = _combine(given_choices, DispatchPlan(LAYER, 8, tuple(kept)))
+    assert np.array_equal(total, plain_combine(given_choices))
+
+
+def test_nothing_chosen_needs_no_call() -> None:
+    ids_TK = np.full((3, 2), -1, dtype=np.int32)
+    pairs = assignments_of(ids_TK, np.ones((3, 2), dtype=np.float32))
+    table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
+    assert plan_dispatch(pairs, table, layer_idx=LAYER).calls == ()
+
+
+def test_expert_that_the_table_does_not_know_is_stale() -> None:
+    table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
+    pairs = assignments_of(np.array([[1]], dtype=np.int32), np.ones((1, 1), dtype=np.float32))
+    with pytest.raises(StaleTable, match="expert 1 is not among 1"):
+        plan_dispatch(pairs, table, layer_idx=LAYER)
+
+
+def test_layer_that_the_table_does_not_know_is_stale() -> None:
+    table = build_table(version=1, num_experts=6, worker_ids=["w"], layers={})
+    given_choices = random_choices(2)
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    with pytest.raises(StaleTable, match="no layer 3"):
+        plan_dispatch(pairs, table, layer_idx=LAYER)

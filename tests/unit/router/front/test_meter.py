@@ -1,0 +1,70 @@
+"""One request in the metrics: status, tokens, waits."""
+
+import asyncio
+
+import pytest
+
+from router.front.meter import RequestMeter
+from router.requests.types import AdmittedRequest, TokenBatch
+from wire.errors import InvalidRequest, Overloaded
+from wire.metrics import Metrics
+from wire.proto import common_pb2
+
+REQUEST = AdmittedRequest(
+    request_id="r",
+    wire_id="r~1",
+    model="f",
+    prompt_ids=(5, 6),
+    max_tokens=3,
+    stop_token_ids=(),
+    temperature=0.0,
+    top_p=1.0,
+    top_k=0,
+    seed=0,
+)
+
+
+class FakeContext:
+    def __init__(self, left_s=None):
+        self._left_s = left_s
+
+    def time_remaining(self):
+        return self._left_s
+
+
+def value(metrics, name, **labels):
+    return metrics.registry.get_sample_value(f"moray_router_{name}", labels)
+
+
+@pytest.mark.parametrize(
+    ("error", "left_s", "code"),
+    [
+        (None, None, "OK"),
+        (InvalidRequest("x"), None, "INVALID_ARGUMENT"),
+        (Overloaded("x"), None, "RESOURCE_EXHAUSTED"),
+        (asyncio.CancelledError(), None, "CANCELLED"),
+        (asyncio.CancelledError(), 5.0, "CANCELLED"),
+        (asyncio.CancelledError(), 0.0, "DEADLINE_EXCEEDED"),
+        (ZeroDivisionError(), None, "INTERNAL"),
+    ],
+)
+def test_status_is_counted_by_code(error, left_s, code):
+    metrics = Metrics("router")
+    meter = RequestMeter(metrics, FakeContext(left_s))
+    with meter:
+        assert value(metrics, "active_requests") == 1
+    meter.__exit__(type(error) if error else None, error, None)
+    assert value(metrics, "requests_total", code=code) == (2 if error is None else 1)
+
+
+def test_tokens_and_waits_are_observed():
+    metrics = Metrics("router")
+    reason = common_pb2.FINISH_REASON_UNSPECIFIED
+    with RequestMeter(metrics, FakeContext()) as meter:
+        meter.admit(REQUEST)
+        for first_idx, ids in ((0, (7, 8)), (2, (9,)), (3, ())):
+            meter.count(TokenBatch(first_idx=first_idx, token_ids=ids, finish_reason=reason))
+    assert value(metrics, "prompt_tokens_total") == 2
+    assert value(metrics, "generated_tokens_total") == 3
+    assert value(metrics, "first_token_seconds_count") == 1
+    assert value(metrics, "token_gap_seconds_count") == 1

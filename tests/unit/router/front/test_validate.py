@@ -1,0 +1,156 @@
+"""Requests from the wire: what is admitted, and how the rest is refused."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.front.validate import AdmissionRules, check_request, plan_admission
+from router.requests.members import ModelFacts
+from wire.errors import InvalidRequest, MorayError, PromptTooLong, UnknownModel
+from wire.proto.common_pb2 import SamplingParams
+from wire.proto.inference_pb2 import GenerateRequest, TokenIds
+
+VOCAB = 300
+CONTEXT = 64
+MODEL = ModelFacts(
+    name="toy",
+    path="",
+    fingerprint="f00d",
+    vocab_tokens=VOCAB,
+    max_context_tokens=CONTEXT,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+RULES = AdmissionRules(model=MODEL, default_max_tokens=16)
+
+
+def request(*ids, **fields):
+    return GenerateRequest(tokens=TokenIds(ids=ids or (5, 6, 7)), **fields)
+
+
+def admit(given, ids=None):
+    check_request(given, MODEL)
+    prompt_ids = tuple(given.tokens.ids) if ids is None else ids
+    return plan_admission(given, prompt_ids, rules=RULES, rng=random.Random(0))
+
+
+def admit_or_error(given):
+    try:
+        return admit(given)
+    except InvalidRequest as error:
+        return error
+
+
+def sampled(**fields):
+    return request(sampling=SamplingParams(**fields))
+
+
+REFUSED = [
+    (GenerateRequest(), InvalidRequest, "prompt", "neither"),
+    (GenerateRequest(text=""), InvalidRequest, "text", "empty"),
+    (GenerateRequest(tokens=TokenIds()), InvalidRequest, "tokens", "empty"),
+    (request(5, VOCAB), InvalidRequest, "tokens", "300 at position 1"),
+    (request(2**32 - 1), InvalidRequest, "tokens", "[0, 300)"),
+    (request(max_tokens=0), InvalidRequest, "max_tokens", "at least 1"),
+    (request(*[5] * CONTEXT), PromptTooLong, "tokens", "63 prompt tokens"),
+    (request(*[5] * (CONTEXT + 9)), PromptTooLong, "tokens", "got 73"),
+    (request(max_tokens=CONTEXT - 2), PromptTooLong, "max_tokens", "at most 61"),
+    (request(max_tokens=2**32 - 1), PromptTooLong, "max_tokens", "got 4294967295"),
+    (request(model="other"), UnknownModel, "model", "'toy'"),
+    (request(request_id="x" * 129), InvalidRequest, "request_id", "129 characters"),
+    (request(request_id="a b"), InvalidRequest, "request_id", "'a b'"),
+    (request(request_id="line\n"), InvalidRequest, "request_id", "128"),
+    (request(request_id="é"), InvalidRequest, "request_id", "128"),
+    (sampled(temperature=float("nan")), InvalidRequest, "sampling.temperature", "nan"),
+    (sampled(temperature=float("inf")), InvalidRequest, "sampling.temperature", "inf"),
+    (sampled(temperature=-0.5), InvalidRequest, "sampling.temperature", "-0.5"),
+    (sampled(top_p=0.0), InvalidRequest, "sampling.top_p", "(0, 1]"),
+    (sampled(top_p=1.5), InvalidRequest, "sampling.top_p", "1.5"),
+    (sampled(top_p=float("nan")), InvalidRequest, "sampling.top_p", "nan"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "field", "said"), REFUSED)
+def test_refusal_names_the_field_wanted_and_got(given, kind, field, said):
+    with pytest.raises(MorayError) as caught:
+        admit(given)
+    assert type(caught.value) is kind
+    assert caught.value.field == field
+    assert said in caught.value.message
+
+
+def test_empty_prompt_after_tokenizing_is_refused():
+    with pytest.raises(InvalidRequest) as caught:
+        admit(GenerateRequest(text="x"), ids=())
+    assert caught.value.field == "text"
+
+
+def test_long_values_are_cut_in_messages():
+    with pytest.raises(UnknownModel) as caught:
+        admit(request(model="m" * 10_000))
+    assert len(caught.value.message) < 300
+
+
+def test_defaults_of_a_bare_request():
+    got = admit(request())
+    assert (got.temperature, got.top_p, got.top_k) == (0.0, 1.0, 0)
+    assert (got.max_tokens, got.stop_token_ids, got.model) == (16, (1,), "f00d")
+    assert got.prompt_ids == (5, 6, 7)
+    assert len(got.request_id) == 24
+
+
+def test_everything_that_is_given_is_kept():
+    sampling = SamplingParams(temperature=0.5, top_p=0.25, top_k=4, seed=2**64 - 1)
+    got = admit(request(max_tokens=3, ignore_eos=True, request_id="my/req:1", model="toy", sampling=sampling))
+    assert (got.temperature, got.top_p, got.top_k, got.seed) == (0.5, 0.25, 4, 2**64 - 1)
+    assert (got.max_tokens, got.stop_token_ids, got.request_id) == (3, (), "my/req:1")
+
+
+def test_wire_id_is_new_for_every_request():
+    rng = random.Random(0)
+    ids = [plan_admission(request(request_id="same"), (5,), rules=RULES, rng=rng).wire_id for _ in range(2)]
+    assert ids[0] != ids[1]
+    assert all(wire_id.startswith("same~") for wire_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "max_tokens"), [(1, 16), (CONTEXT - 16, 16), (CONTEXT - 15, 15), (CONTEXT - 1, 1)]
+)
+def test_default_max_tokens_is_cut_to_what_fits(num_prompt, max_tokens):
+    assert admit(request(*[5] * num_prompt)).max_tokens == max_tokens
+
+
+@pytest.mark.parametrize("num_prompt", [1, CONTEXT - 1])
+def test_largest_max_tokens_is_admitted(num_prompt):
+    assert (
+        admit(request(*[5] * num_prompt, max_tokens=CONTEXT - num_prompt)).max_tokens == CONTEXT - num_prompt
+    )
+
+
+@given(
+    ids=st.lists(st.integers(0, 2**32 - 1) | st.integers(0, VOCAB), max_size=CONTEXT + 2),
+    max_tokens=st.none() | st.integers(0, CONTEXT * 2),
+    temperature=st.none() | st.floats(width=32),
+    top_p=st.none() | st.floats(width=32),
+    request_id=st.text(max_size=5),
+)
+def test_any_request_is_admitted_within_limits_or_refused_by_field(
+    ids, max_tokens, temperature, top_p, request_id
+):
+    sampling = SamplingParams(temperature=temperature, top_p=top_p)
+    given_request = GenerateRequest(
+        tokens=TokenIds(ids=ids), max_tokens=max_tokens, sampling=sampling, request_id=request_id
+    )
+    got = admit_or_error(given_request)
+    if isinstance(got, InvalidRequest):
+        assert got.field
+        assert got.message.startswith(got.field)
+        return
+    assert got.max_tokens >= 1
+    assert len(got.prompt_ids) + got.max_tokens <= CONTEXT
+    assert max(got.prompt_ids) < VOCAB
+    assert 0 <= got.temperature < float("inf")
+    assert 0 < got.top_p <= 1
+    assert 0 <= got.seed < 2**64

@@ -1,0 +1,102 @@
+"""The paged cache against the plain one: any pages, any batches, and nobody else's rows."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.batch import DenseCache, make_batch
+from workers.attention.cache import PagedCache
+
+NUM_LAYERS, WIDTH = 2, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some sequences with pages in any order, and the batches in which they grow."""
+
+    page_tokens: int
+    num_pages: int
+    pages: list[list[int]]
+    steps: list[list[tuple[int, int]]]
+    """Per step: (sequence, new tokens), each sequence at most once."""
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    page_tokens = draw(st.integers(1, 4))
+    lengths = draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
+    counts = [-(-length // page_tokens) for length in lengths]
+    num_pages = sum(counts) + 2
+    shuffled = draw(st.permutations(range(num_pages)))
+    pages = [[shuffled.pop() for _ in range(count)] for count in counts]
+    steps = []
+    left = list(lengths)
+    while any(left):
+        chosen = draw(st.permutations([i for i, tokens in enumerate(left) if tokens]))
+        chosen = chosen[: draw(st.integers(1, len(chosen)))]
+        step = [(i, draw(st.integers(1, left[i]))) for i in chosen]
+        for i, num_tokens in step:
+            left[i] -= num_tokens
+        steps.append(step)
+    return Case(page_tokens, num_pages, pages, steps)
+
+
+def _paged(case: Case) -> PagedCache:
+    return PagedCache(
+        num_layers=NUM_LAYERS, num_pages=case.num_pages, page_tokens=case.page_tokens, width=WIDTH
+    )
+
+
+@given(case=cases(), seed=st.integers(0, 1000))
+def test_paged_view_equals_the_dense_cache(case: Case, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    paged, dense = _paged(case), DenseCache(num_layers=NUM_LAYERS, width=WIDTH)
+    done = [0] * len(case.pages)
+    for step in case.steps:
+        batch = make_batch([[0] * n for _, n in step], first_positions=[done[i] for i, _ in step])
+        views = paged.view(batch, [case.pages[i] for i, _ in step]), dense.view(batch, [i for i, _ in step])
+        for layer_idx in range(NUM_LAYERS):
+            rows_TW = torch.randn(batch.num_rows, WIDTH, generator=generator)
+            for view in views:
+                view.append(layer_idx, rows_TW)
+            got, wanted = ([view.context(layer_idx, i) for i in range(len(step))] for view in views)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        for i, num_tokens in step:
+            done[i] += num_tokens
+
+
+@given(case=cases())
+def test_rows_of_others_are_untouched(case: Case) -> None:
+    """Rows outside the batch's own new positions keep a mark, in every layer."""
+    paged = _paged(case)
+    everything = torch.arange(case.num_pages * case.page_tokens)
+    for layer_idx in range(NUM_LAYERS):
+        paged.write(layer_idx, everything, torch.full((len(everything), WIDTH), 7.0))
+    step = case.steps[0]
+    batch = make_batch([[0] * n for _, n in step], first_positions=[0] * len(step))
+    paged.view(batch, [case.pages[i] for i, _ in step]).append(1, torch.zeros(batch.num_rows, WIDTH))
+    written = {
+        case.pages[i][token // case.page_tokens] * case.page_tokens + token % case.page_tokens
+        for i, n in step
+        for token in range(n)
+    }
+    is_written = torch.tensor([row in written for row in everything.tolist()])
+    assert torch.equal(paged.read(1, everything)[:, 0] == 0.0, is_written)
+    assert (paged.read(0, everything) == 7.0).all()
+
+
+def test_flat_rows_of_pages_out_of_order() -> None:
+    cache = PagedCache(num_layers=1, num_pages=6, page_tokens=4, width=1)
+    assert cache.flat_rows([5, 0, 2], begin=3, end=9).tolist() == [23, 0, 1, 2, 3, 8]
+
+
+def test_what_is_read_is_a_copy() -> None:
+    cache = PagedCache(num_layers=1, num_pages=1, page_tokens=2, width=1)
+    cache.read(0, torch.tensor([0])).fill_(9.0)
+    assert cache.read(0, torch.tensor([0])).tolist() == [[0.0]]
+
+
+def test_bytes_are_those_of_all_layers_and_pages() -> None:
+    assert PagedCache(num_layers=2, num_pages=3, page_tokens=4, width=5).num_bytes() == 2 * 3 * 4 * 5 * 4

@@ -1,0 +1,115 @@
+"""Requests at an attention worker: every refusal names its field."""
+
+from typing import Any
+
+import pytest
+
+from model.config import ModelConfig, load_config
+from tests.reference_data import checkpoint_dir
+from wire.errors import InvalidRequest, PromptTooLong
+from wire.proto import attention_pb2, common_pb2
+from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
+from workers.attention.types import Finish, Sampling, Source
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    """Context 512, vocabulary 320."""
+    return load_config(checkpoint_dir("default"))
+
+
+def request(**fields: Any) -> attention_pb2.SequenceRequest:
+    base: dict[str, Any] = {"request_id": "r", "attempt": 3, "token_ids": [5, 6], "max_tokens": 4}
+    return attention_pb2.SequenceRequest(**{**base, **fields})
+
+
+def test_every_field_is_read(config: ModelConfig) -> None:
+    sampling = common_pb2.SamplingParams(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
+    given = request(prompt_tokens=1, sampling=sampling, stop_token_ids=[1, 9], prefill_address="127.0.0.1:5")
+    spec = read_sequence(given, config, is_prefill_only=False)
+    assert (spec.key, spec.token_ids, spec.num_prompt_tokens) == (("r", 3), (5, 6), 1)
+    assert (spec.max_tokens, spec.stop_token_ids) == (4, frozenset({1, 9}))
+    assert spec.sampling == Sampling(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
+    assert spec.num_reserved_tokens == 5
+
+
+def test_what_is_left_out_is_greedy_over_the_whole_prompt(config: ModelConfig) -> None:
+    spec = read_sequence(request(), config, is_prefill_only=False)
+    assert (spec.sampling, spec.num_prompt_tokens, spec.stop_token_ids) == (Sampling(), 2, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("address", "is_prefill_only", "source"),
+    [
+        ("", False, Source.LOCAL),
+        ("h:1", False, Source.REMOTE),
+        ("", True, Source.PREFILL_ONLY),
+        ("h:1", True, Source.PREFILL_ONLY),
+    ],
+)
+def test_source_follows_from_call_and_address(
+    config: ModelConfig, address: str, is_prefill_only: bool, source: Source
+) -> None:
+    spec = read_sequence(request(prefill_address=address), config, is_prefill_only=is_prefill_only)
+    assert spec.source is source
+
+
+def test_prefill_needs_rows_of_the_prompt_only(config: ModelConfig) -> None:
+    assert read_sequence(request(), config, is_prefill_only=True).num_reserved_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "what"),
+    [
+        ({"token_ids": []}, "tokens", "wanted at least one, got none"),
+        ({"token_ids": [5, 320, 999]}, "tokens", "320 is outside the vocabulary of 320"),
+        ({"max_tokens": 0}, "max_tokens", "wanted at least 1, got 0"),
+        ({"sampling": {"temperature": -0.1}}, "sampling", "temperature -0.1"),
+        ({"sampling": {"temperature": float("inf")}}, "sampling", "temperature inf"),
+        ({"sampling": {"temperature": float("nan")}}, "sampling", "temperature nan"),
+        ({"sampling": {"top_p": 0.0}}, "sampling", "top_p 0.0"),
+        ({"sampling": {"top_p": 1.5}}, "sampling", "top_p 1.5"),
+        ({"sampling": {"top_p": float("nan")}}, "sampling", "top_p nan"),
+        ({"prompt_tokens": 3}, "prompt_tokens", "wanted at most the 2 tokens given, got 3"),
+    ],
+)
+def test_refusal_names_the_field(config: ModelConfig, fields: dict[str, Any], field: str, what: str) -> None:
+    with pytest.raises(InvalidRequest, match=what) as caught:
+        read_sequence(request(**fields), config, is_prefill_only=False)
+    assert caught.value.field == field
+
+
+def test_context_holds_prompt_and_new_tokens_together(config: ModelConfig) -> None:
+    fits = request(token_ids=[5] * 500, max_tokens=12)
+    assert read_sequence(fits, config, is_prefill_only=False).max_tokens == 12
+    with pytest.raises(PromptTooLong, match="500 tokens and max_tokens 13: the context has 512") as caught:
+        read_sequence(request(token_ids=[5] * 500, max_tokens=13), config, is_prefill_only=False)
+    assert caught.value.field == "max_tokens"
+
+
+@pytest.mark.parametrize(("given", "chunk_tokens"), [(0, 64), (1, 1), (999, 999)])
+def test_score_reads_its_chunk_length(config: ModelConfig, given: int, chunk_tokens: int) -> None:
+    message = attention_pb2.ScoreRequest(token_ids=[4] * 512, chunk_tokens=given)
+    spec = read_score(message, config, max_chunk_tokens=64)
+    assert (len(spec.token_ids), spec.chunk_tokens) == (512, chunk_tokens)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "error", "what"),
+    [
+        ([], InvalidRequest, "got none"),
+        ([4, 320], InvalidRequest, "320 is outside"),
+        ([4] * 513, PromptTooLong, "513 tokens: the context has 512"),
+    ],
+)
+def test_score_refusal_names_the_tokens(
+    config: ModelConfig, token_ids: list[int], error: type[InvalidRequest], what: str
+) -> None:
+    with pytest.raises(error, match=what) as caught:
+        read_score(attention_pb2.ScoreRequest(token_ids=token_ids), config, max_chunk_tokens=64)
+    assert caught.value.field == "tokens"
+
+
+def test_every_finish_has_its_message() -> None:
+    assert set(FINISH_TO_PROTO) == {None, *Finish}
+    assert len(set(FINISH_TO_PROTO.values())) == 3

@@ -1,0 +1,130 @@
+"""Expert slots: what is loaded, what is kept, what is refused, and that nothing is ever half done."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.errors import CheckpointInvalid
+from model.weights import ExpertWeights
+from workers.expert.slots import SlotStore
+from workers.expert.types import Slot
+
+
+class Loader:
+    """Weights of 2 x 3 whose first value names layer and expert; keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.broken: set[tuple[int, int]] = set()
+
+    def __call__(self, layer_idx: int, expert_idx: int) -> ExpertWeights:
+        self.asked.append((layer_idx, expert_idx))
+        if (layer_idx, expert_idx) in self.broken:
+            raise CheckpointInvalid(f"experts.{expert_idx}", problem="missing")
+        full = torch.full((2, 3), float(layer_idx * 100 + expert_idx))
+        return ExpertWeights(gate_FD=full, up_FD=full, down_DF=full.T)
+
+
+@pytest.fixture
+def loader() -> Loader:
+    return Loader()
+
+
+@pytest.fixture
+def store(loader: Loader) -> SlotStore:
+    return SlotStore(loader)
+
+
+def test_new_store_is_empty(store: SlotStore) -> None:
+    assert (store.slots(), store.table_version, store.num_bytes()) == ((), 0, 0)
+    assert store.experts_of(1) == {}
+    store.check_integrity()
+
+
+def test_what_is_held_is_kept_and_only_the_missing_loaded(store: SlotStore, loader: Loader) -> None:
+    store.prepare([Slot(1, 0, 5), Slot(1, 1, 6), Slot(2, 0, 5)], table_version=1)
+    kept = store.experts_of(1)[6]
+    loader.asked.clear()
+    store.prepare([Slot(1, 0, 6), Slot(1, 1, 7), Slot(2, 0, 5)], table_version=2)
+    assert loader.asked == [(1, 7)]
+    assert store.experts_of(1)[6] is kept
+    assert set(store.experts_of(1)) == {6, 7}
+    assert store.slots() == (Slot(1, 0, 6), Slot(1, 1, 7), Slot(2, 0, 5))
+    assert store.table_version == 2
+
+
+def test_mapping_that_a_reader_holds_does_not_change(store: SlotStore) -> None:
+    store.prepare([Slot(1, 0, 5)], table_version=1)
+    before = store.experts_of(1)
+    store.prepare([Slot(1, 0, 6)], table_version=2)
+    assert set(before) == {5}
+
+
+def test_two_experts_in_one_slot_are_refused(store: SlotStore, loader: Loader) -> None:
+    with pytest.raises(ValueError, match="2 assignments name one slot twice"):
+        store.prepare([Slot(1, 0, 5), Slot(1, 0, 6)], table_version=1)
+    assert (loader.asked, store.slots(), store.table_version) == ([], (), 0)
+
+
+def test_same_slot_index_in_two_layers_is_two_slots(store: SlotStore) -> None:
+    store.prepare([Slot(1, 0, 5), Slot(2, 0, 6)], table_version=1)
+    assert [set(store.experts_of(layer)) for layer in (1, 2)] == [{5}, {6}]
+
+
+def test_expert_in_two_slots_is_held_and_loaded_once(store: SlotStore, loader: Loader) -> None:
+    store.prepare([Slot(1, 0, 5), Slot(1, 1, 5)], table_version=1)
+    assert loader.asked == [(1, 5)]
+    assert store.num_bytes() == 3 * 6 * 4
+    store.check_integrity()
+
+
+def test_failing_load_changes_nothing(store: SlotStore, loader: Loader) -> None:
+    store.prepare([Slot(1, 0, 5)], table_version=1)
+    loader.broken = {(1, 7)}
+    with pytest.raises(CheckpointInvalid, match=r"experts\.7"):
+        store.prepare([Slot(1, 0, 6), Slot(1, 1, 7)], table_version=2)
+    assert (store.slots(), store.table_version, set(store.experts_of(1))) == ((Slot(1, 0, 5),), 1, {5})
+    store.check_integrity()
+
+
+def test_bytes_are_those_of_every_tensor(store: SlotStore) -> None:
+    store.prepare([Slot(1, 0, 5), Slot(2, 0, 5)], table_version=1)
+    assert store.num_bytes() == 2 * 3 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("slots", "what"),
+    [
+        ((), r"slots name \[\] without weights, hold \[\(1, 5\)\]"),
+        ((Slot(1, 0, 5), Slot(1, 1, 6)), r"\(1, 6\)"),
+    ],
+)
+def test_integrity_check_names_the_difference(store: SlotStore, slots: tuple[Slot, ...], what: str) -> None:
+    store.prepare([Slot(1, 0, 5)], table_version=1)
+    store._slots = slots
+    with pytest.raises(RuntimeError, match=what):
+        store.check_integrity()
+
+
+PLACES = st.dictionaries(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.integers(0, 4), max_size=6)
+
+
+@given(rounds=st.lists(PLACES, min_size=1, max_size=4))
+def test_any_sequence_of_placements_is_held_as_told(rounds: list[dict[tuple[int, int], int]]) -> None:
+    loader = Loader()
+    store = SlotStore(loader)
+    held: set[tuple[int, int]] = set()
+    for version, places in enumerate(rounds, 1):
+        loader.asked.clear()
+        slots = [Slot(layer, slot, expert) for (layer, slot), expert in places.items()]
+        store.prepare(slots, table_version=version)
+        wanted = {(slot.layer_idx, slot.expert_idx) for slot in slots}
+        assert sorted(loader.asked) == sorted(wanted - held)
+        assert store.slots() == tuple(sorted(slots))
+        for layer_idx in range(3):
+            experts = store.experts_of(layer_idx)
+            got = {expert: int(weights.gate_FD[0, 0]) for expert, weights in experts.items()}
+            assert got == {expert: layer_idx * 100 + expert for layer, expert in wanted if layer == layer_idx}
+        store.check_integrity()
+        held = wanted

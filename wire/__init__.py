@@ -1,0 +1,1 @@
+"""What crosses a process: protos, tensor frames, handshake, error tree, metric names."""

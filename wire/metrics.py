@@ -1,0 +1,131 @@
+"""Every Prometheus metric of Moray, declared once: name, kind, help, labels, buckets.
+
+Names are `moray_<role>_<what>_<unit>`. A process makes a `Metrics` for its own role and hands it down;
+labels are bounded (roles, reasons, directions), never request ids or tokens.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
+
+
+class Kind(enum.Enum):
+    """The Prometheus types in use."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("moray_router_requests_total", Kind.COUNTER, "Requests finished, by gRPC status.", ("code",)),
+    MetricSpec("moray_router_active_requests", Kind.GAUGE, "Requests in flight."),
+    MetricSpec("moray_router_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of admitted requests."),
+    MetricSpec("moray_router_generated_tokens_total", Kind.COUNTER, "New tokens sent to clients."),
+    MetricSpec(
+        "moray_router_first_token_seconds", Kind.HISTOGRAM, "From admission to the first token.", (), _SECONDS
+    ),
+    MetricSpec(
+        "moray_router_token_gap_seconds", Kind.HISTOGRAM, "Between two messages of a stream.", (), _SECONDS
+    ),
+    MetricSpec("moray_router_replays_total", Kind.COUNTER, "Requests started again on other workers."),
+    MetricSpec("moray_router_members", Kind.GAUGE, "Workers known to this router.", ("role", "state")),
+    MetricSpec("moray_router_snapshot_version", Kind.GAUGE, "Newest cluster snapshot seen."),
+    MetricSpec("moray_attention_requests", Kind.GAUGE, "Requests held, by state.", ("state",)),
+    MetricSpec("moray_attention_pages", Kind.GAUGE, "KV pages, by state.", ("state",)),
+    MetricSpec("moray_attention_integrity_errors_total", Kind.COUNTER, "Failed checks of the page accounts."),
+    MetricSpec("moray_attention_tokens_total", Kind.COUNTER, "Tokens computed, by phase.", ("phase",)),
+    MetricSpec("moray_attention_step_seconds", Kind.HISTOGRAM, "One step of the engine.", (), _SECONDS),
+    MetricSpec("moray_attention_step_tokens", Kind.HISTOGRAM, "Tokens of one step.", (), _TOKENS),
+    MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),
+    MetricSpec(
+        "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)
+    ),
+    MetricSpec(
+        "moray_attention_dispatch_seconds", Kind.HISTOGRAM, "One layer, plan to combine.", (), _SECONDS
+    ),
+    MetricSpec("moray_attention_dispatch_rows_total", Kind.COUNTER, "Rows sent to expert workers."),
+    MetricSpec("moray_attention_dispatch_bytes_total", Kind.COUNTER, "Dispatch bytes.", ("direction",)),
+    MetricSpec(
+        "moray_attention_dispatch_retries_total", Kind.COUNTER, "Calls sent again, by error.", ("reason",)
+    ),
+    MetricSpec("moray_attention_table_version", Kind.GAUGE, "Routing table in use."),
+    MetricSpec(
+        "moray_expert_rows_total", Kind.COUNTER, "Rows computed; a row counts once per chosen expert."
+    ),
+    MetricSpec("moray_expert_calls_total", Kind.COUNTER, "Forward calls answered, by result.", ("result",)),
+    MetricSpec("moray_expert_forward_seconds", Kind.HISTOGRAM, "Arithmetic of one Forward.", (), _SECONDS),
+    MetricSpec("moray_expert_slots", Kind.GAUGE, "Expert slots that hold weights."),
+    MetricSpec("moray_expert_weights_bytes", Kind.GAUGE, "Bytes of expert weights held."),
+    MetricSpec(
+        "moray_expert_load_max_over_mean", Kind.GAUGE, "Busiest expert over the mean, rows since start."
+    ),
+    MetricSpec("moray_controller_members", Kind.GAUGE, "Workers, by role and state.", ("role", "state")),
+    MetricSpec("moray_controller_table_version", Kind.GAUGE, "Routing table published."),
+    MetricSpec("moray_controller_snapshot_version", Kind.GAUGE, "Cluster snapshot published."),
+    MetricSpec("moray_controller_restarts_total", Kind.COUNTER, "Workers started again, by role.", ("role",)),
+    MetricSpec("moray_controller_watchers", Kind.GAUGE, "Open table streams."),
+)
+
+
+class Metrics:
+    """The metrics of one process, by name without the `moray_<role>_` prefix.
+
+    >>> Metrics("router").gauge("active_requests").set(3)
+    """
+
+    def __init__(self, role: str) -> None:
+        self.registry = CollectorRegistry()
+        self._prefix = f"moray_{role}_"
+        self._by_name: dict[str, Counter | Gauge | Histogram] = {
+            spec.name: self._make(spec) for spec in METRICS if spec.name.startswith(self._prefix)
+        }
+
+    def counter(self, name: str, **labels: str) -> Counter:
+        """The counter `moray_<role>_<name>`, with its labels set."""
+        return self._find(Counter, name, labels)
+
+    def gauge(self, name: str, **labels: str) -> Gauge:
+        """The gauge `moray_<role>_<name>`, with its labels set."""
+        return self._find(Gauge, name, labels)
+
+    def histogram(self, name: str, **labels: str) -> Histogram:
+        """The histogram `moray_<role>_<name>`, with its labels set."""
+        return self._find(Histogram, name, labels)
+
+    def serve(self, host: str, port: int) -> int:
+        """Serves /metrics over HTTP in a daemon thread; returns the port, chosen by the system when 0."""
+        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        return int(server.server_port)
+
+    def _find(self, cls: type[_Metric], name: str, labels: dict[str, str]) -> _Metric:
+        metric = self._by_name[self._prefix + name]
+        if not isinstance(metric, cls):
+            raise TypeError(f"{self._prefix}{name} is a {type(metric).__name__}, not a {cls.__name__}")
+        return metric.labels(**labels) if labels else metric
+
+    def _make(self, spec: MetricSpec) -> Counter | Gauge | Histogram:
+        if spec.kind is Kind.COUNTER:
+            return Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+        if spec.kind is Kind.GAUGE:
+            return Gauge(spec.name, spec.help, spec.labels, registry=self.registry)
+        return Histogram(spec.name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets)

@@ -1,0 +1,1 @@
+"""Attention workers: engine loop, batch scheduler, KV pages, KV transfer, sampler, server."""

@@ -1,0 +1,348 @@
+"""The engine: one thread that owns the model, the pages and every sequence, and runs step after step.
+
+Others talk to it through commands on a queue and hear of it through the sinks of their sequences, so nothing
+in here is shared. An empty engine sleeps in `queue.get`.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.batch import make_batch
+from model.transformer import Transformer
+from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
+from wire.frames import Array
+from wire.metrics import Metrics
+from workers.attention.cache import PagedCache
+from workers.attention.moe import Experts
+from workers.attention.pages import PageAllocator
+from workers.attention.sampler import sample_token
+from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
+from workers.attention.scoring import ScoreSpec, score_prompt
+from workers.attention.types import (
+    Admitted,
+    CacheRows,
+    Failed,
+    Finish,
+    Key,
+    NewToken,
+    Phase,
+    SequenceSpec,
+    SequenceState,
+    Sink,
+    Source,
+)
+
+_log = logging.getLogger(__name__)
+
+_STOPPING = "the worker is shutting down"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What an engine is made of."""
+
+    transformer: Transformer
+    cache: PagedCache
+    pages: PageAllocator
+    experts: Experts
+    limits: StepLimits
+    metrics: Metrics
+
+
+class Engine:
+    """Runs sequences; public methods may be called from any thread and return at once."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self._transformer = parts.transformer
+        self._cache = parts.cache
+        self._pages = parts.pages
+        self._experts = parts.experts
+        self._limits = parts.limits
+        self._metrics = parts.metrics
+        self._sequences: dict[Key, SequenceState] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fails what is open and ends the thread; returns when it has ended."""
+        self._commands.put(self._on_stop)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, spec: SequenceSpec, sink: Sink) -> None:
+        """Takes a sequence; everything about it arrives at `sink`."""
+        self._commands.put(lambda: self._on_submit(spec, sink))
+
+    def cancel(self, spec: SequenceSpec) -> None:
+        """Forgets a sequence and frees its pages; nothing when it is over or was refused.
+
+        The sequence is that of the very object given to `submit`: another one under the same key goes on.
+        """
+        self._commands.put(lambda: self._on_cancel(spec))
+
+    def add_rows(self, key: Key, rows: CacheRows) -> None:
+        """Stores cache rows that a prefill worker sent."""
+        self._commands.put(lambda: self._on_rows(key, rows))
+
+    def finish_transfer(self, key: Key, token_id: int) -> None:
+        """All rows were sent, and this is the first new token."""
+        self._commands.put(lambda: self._on_transferred(key, token_id))
+
+    def score(self, spec: ScoreSpec) -> "Future[dict[str, Tensor]]":
+        """Scores a prompt between two steps; fails with Overloaded when the pages do not suffice now."""
+        future: Future[dict[str, Tensor]] = Future()
+        self._commands.put(lambda: self._on_score(spec, future))
+        return future
+
+    def check_integrity(self) -> "Future[None]":
+        """Checks the page accounts on the engine's thread; the future fails with what is wrong."""
+        future: Future[None] = Future()
+        self._commands.put(lambda: self._on_check(future))
+        return future
+
+    # ---- the engine thread ----
+
+    @torch.inference_mode()
+    def _loop(self) -> None:
+        self._export()
+        while not self._is_stopping:
+            plan = plan_step(
+                [self._candidate(sequence) for sequence in self._sequences.values()],
+                num_free_pages=self._pages.num_free,
+                limits=self._limits,
+            )
+            if not plan.admit and not plan.run:
+                self._commands.get()()
+            else:
+                self._admit(plan)
+                if plan.run:
+                    self._run_guarded(plan)
+            while not self._commands.empty():
+                self._commands.get()()
+            self._export()
+
+    def _candidate(self, sequence: SequenceState) -> Candidate:
+        return Candidate(
+            key=sequence.spec.key,
+            phase=sequence.phase,
+            num_pending_tokens=sequence.num_pending_tokens,
+            num_pages=self._pages.pages_for(sequence.spec.num_reserved_tokens),
+        )
+
+    def _admit(self, plan: StepPlan) -> None:
+        for key in plan.admit:
+            sequence = self._sequences[key]
+            sequence.pages = self._pages.reserve(key, num_tokens=sequence.spec.num_reserved_tokens)
+            is_remote = sequence.spec.source is Source.REMOTE
+            sequence.phase = Phase.RECEIVING if is_remote else Phase.PREFILL
+            sequence.sink(Admitted())
+
+    def _run_guarded(self, plan: StepPlan) -> None:
+        running = [(self._sequences[key], num_tokens) for key, num_tokens in plan.run]
+        try:
+            self._run(running)
+        except MorayError as error:
+            self._fail(running, error)
+        except Exception as error:  # noqa: BLE001  the thread must live on; mapped, logged, told to the callers
+            _log.exception("engine step failed")
+            self._fail(running, InternalError(f"engine step: {type(error).__name__}: {error}"))
+
+    def _run(self, running: list[tuple[SequenceState, int]]) -> None:
+        began_s = time.perf_counter()
+        batch = make_batch(
+            [
+                s.token_ids[s.num_cached_tokens : s.num_cached_tokens + num_tokens]
+                for s, num_tokens in running
+            ],
+            first_positions=[s.num_cached_tokens for s, _ in running],
+        )
+        self._experts.begin_step()
+        view = self._cache.view(batch, [s.pages for s, _ in running])
+        hidden_TD = self._transformer.forward(batch, view, self._experts)
+        for sequence, num_tokens in running:
+            self._advance(sequence, num_tokens)
+        ready = [(i, s) for i, (s, _) in enumerate(running) if s.num_pending_tokens == 0]
+        if ready:
+            last_rows = torch.tensor([batch.spans[i].end_row - 1 for i, _ in ready], device=hidden_TD.device)
+            logits_BV = self._transformer.logits(hidden_TD[last_rows])
+            for (_, sequence), logits_V in zip(ready, logits_BV, strict=True):
+                self._append(
+                    sequence, sample_token(logits_V, sequence.spec.sampling, position=_position(sequence))
+                )
+        self._metrics.histogram("step_seconds").observe(time.perf_counter() - began_s)
+        self._metrics.histogram("step_tokens").observe(batch.num_rows)
+
+    def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
+        """Counts computed rows and hands them on when another worker wants them."""
+        begin = sequence.num_cached_tokens
+        sequence.num_cached_tokens += num_tokens
+        phase = "decode" if sequence.phase is Phase.DECODE else "prefill"
+        self._metrics.counter("tokens_total", phase=phase).inc(num_tokens)
+        if sequence.spec.source is Source.PREFILL_ONLY:
+            flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=sequence.num_cached_tokens)
+            for layer_idx in range(self._transformer.config.num_hidden_layers):
+                rows_TW: Array = self._cache.read(layer_idx, flat_T).cpu().numpy()
+                sequence.sink(CacheRows(layer_idx, begin, rows_TW))
+
+    def _append(self, sequence: SequenceState, token_id: int) -> None:
+        """One more token; ends the sequence when it is the last."""
+        sequence.token_ids.append(token_id)
+        sequence.phase = Phase.DECODE
+        finish = None
+        if token_id in sequence.spec.stop_token_ids:
+            finish = Finish.STOP
+        elif sequence.num_new_tokens >= sequence.spec.max_tokens:
+            finish = Finish.LENGTH
+        if finish is not None or sequence.spec.source is Source.PREFILL_ONLY:
+            self._drop(sequence.spec.key)
+        sequence.sink(NewToken(token_id, finish))
+
+    def _drop(self, key: Key) -> None:
+        """Forgets a sequence; its pages are free afterwards."""
+        if self._sequences.pop(key, None) is not None:
+            self._pages.release(key)
+            self._check_pages()
+
+    def _fail(self, running: list[tuple[SequenceState, int]], error: MorayError) -> None:
+        for sequence, _ in running:
+            # One that got its last token in this very step has ended well.
+            if sequence.spec.key in self._sequences:
+                self._drop(sequence.spec.key)
+                sequence.sink(Failed(error))
+
+    def _check_pages(self) -> None:
+        try:
+            self._pages.check_integrity()
+        except RuntimeError:
+            self._metrics.counter("integrity_errors_total").inc()
+            _log.exception("page accounts are wrong")
+
+    # ---- commands, run on the engine thread ----
+
+    def _on_submit(self, spec: SequenceSpec, sink: Sink) -> None:
+        too_long = self._too_long(spec.num_reserved_tokens, field="max_tokens")
+        if self._is_stopping:
+            sink(Failed(Overloaded(_STOPPING)))
+        elif spec.key in self._sequences:
+            sink(Failed(InvalidRequest(f"request {spec.key} is running already", field="request_id")))
+        elif too_long is not None:
+            sink(Failed(too_long))
+        else:
+            self._sequences[spec.key] = SequenceState(spec, sink, token_ids=list(spec.token_ids))
+
+    def _too_long(self, num_tokens: int, *, field: str) -> PromptTooLong | None:
+        """The refusal of tokens that would not fit if every page were free."""
+        num_pages = self._pages.pages_for(num_tokens)
+        if num_pages <= self._pages.num_pages:
+            return None
+        message = f"needs {num_pages} KV pages of {self._pages.page_tokens} tokens, the worker has "
+        return PromptTooLong(f"{message}{self._pages.num_pages}; raise num_pages", field=field)
+
+    def _on_cancel(self, spec: SequenceSpec) -> None:
+        sequence = self._sequences.get(spec.key)
+        if sequence is not None and sequence.spec is spec:
+            self._drop(spec.key)
+
+    def _on_rows(self, key: Key, rows: CacheRows) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.phase is not Phase.RECEIVING:
+            self._metrics.counter("kv_refused_total", reason="not_receiving").inc()
+            return
+        begin, end = rows.first_token_idx, rows.first_token_idx + rows.rows_TW.shape[0]
+        is_next = sequence.num_received_rows.get(rows.layer_idx, 0) == begin
+        is_layer = 0 <= rows.layer_idx < self._transformer.config.num_hidden_layers
+        fits = rows.rows_TW.ndim == 2 and rows.rows_TW.shape[1] == self._cache.width
+        if not (is_next and is_layer and fits and end <= len(sequence.token_ids)):
+            self._metrics.counter("kv_refused_total", reason="misplaced").inc()
+            what = f"rows [{begin}, {end}) of layer {rows.layer_idx}, shape {rows.rows_TW.shape}"
+            self._fail([(sequence, 0)], FrameInvalid(f"cache {what} are not what {key} waits for"))
+            return
+        flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=end)
+        # The copy is needed: the array is a read-only view of the received bytes.
+        self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TW.copy()).to(flat_T.device))
+        sequence.num_received_rows[rows.layer_idx] = end
+        self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TW.nbytes)
+
+    def _on_transferred(self, key: Key, token_id: int) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.phase is not Phase.RECEIVING:
+            return
+        num_tokens = len(sequence.spec.token_ids)
+        layers = range(self._transformer.config.num_hidden_layers)
+        short = [layer for layer in layers if sequence.num_received_rows.get(layer, 0) != num_tokens]
+        if short or not 0 <= token_id < self._transformer.config.vocab_size:
+            self._metrics.counter("kv_refused_total", reason="incomplete").inc()
+            message = f"{key}: prefill ended with first token {token_id} and layers {short} incomplete"
+            self._fail([(sequence, 0)], FrameInvalid(message))
+            return
+        sequence.num_cached_tokens = num_tokens
+        self._append(sequence, token_id)
+
+    def _on_score(self, spec: ScoreSpec, future: "Future[dict[str, Tensor]]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        owner = ("score", id(future))
+        too_long = self._too_long(len(spec.token_ids), field="tokens")
+        if too_long is not None:
+            future.set_exception(too_long)
+            return
+        if not self._pages.can_reserve(len(spec.token_ids)):
+            future.set_exception(
+                Overloaded(f"{self._pages.num_free} free pages do not hold the prompt; try later")
+            )
+            return
+        pages = self._pages.reserve(owner, num_tokens=len(spec.token_ids))
+        try:
+            tensors = score_prompt(
+                spec, transformer=self._transformer, cache=self._cache, pages=pages, experts=self._experts
+            )
+            future.set_result(tensors)
+        except Exception as error:  # noqa: BLE001  re-raised where the future is read
+            future.set_exception(error)
+        finally:
+            self._pages.release(owner)
+
+    def _on_check(self, future: "Future[None]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._pages.check_integrity()
+            with_pages = [key for key, sequence in self._sequences.items() if sequence.pages]
+            if set(with_pages) != set(self._pages.owners()):
+                raise RuntimeError(
+                    f"pages belong to {self._pages.owners()}, sequences with pages are {with_pages}"
+                )
+            future.set_result(None)
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    def _on_stop(self) -> None:
+        self._is_stopping = True
+        open_sequences = [(sequence, 0) for sequence in self._sequences.values()]
+        self._fail(open_sequences, Overloaded(_STOPPING))
+
+    def _export(self) -> None:
+        counts = Counter(sequence.phase for sequence in self._sequences.values())
+        for phase in Phase:
+            self._metrics.gauge("requests", state=phase.value).set(counts[phase])
+        self._metrics.gauge("pages", state="free").set(self._pages.num_free)
+        self._metrics.gauge("pages", state="used").set(self._pages.num_pages - self._pages.num_free)
+
+
+def _position(sequence: SequenceState) -> int:
+    """Index of the next token behind the client's own prompt."""
+    return len(sequence.token_ids) - sequence.spec.num_prompt_tokens

@@ -1,0 +1,54 @@
+"""The MoE step of an attention worker: torch on the model's side, the expert dispatcher on the other."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.batch import PendingRows
+from router.experts.dispatcher import ExpertDispatcher, PendingDispatch
+
+
+class Experts(Protocol):
+    """Routed experts as the engine uses them: a `model.batch.MoeStep` with a mark between steps."""
+
+    def begin_step(self) -> None:
+        """Called before each step; from here to the next call nothing about placement changes."""
+
+    def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
+        """Starts the routed experts of one layer."""
+
+
+class RemoteExperts:
+    """Experts in other processes, behind the dispatcher."""
+
+    def __init__(self, dispatcher: ExpertDispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def begin_step(self) -> None:
+        """Puts the newest routing table in force."""
+        self._dispatcher.adopt_table()
+
+    def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
+        """Sends the rows of one layer.
+
+        Args:
+            layer_idx: MoE layer.
+            x_TD: (T, D) float32.
+            ids_TK: (T, K) int32.
+            weights_TK: (T, K) float32.
+        """
+        pending = self._dispatcher.start(
+            layer_idx, x_TD.cpu().numpy(), ids_TK.cpu().numpy(), weights_TK.cpu().numpy()
+        )
+        return _RemoteRows(pending, x_TD.device)
+
+
+class _RemoteRows:
+    def __init__(self, pending: PendingDispatch, device: torch.device) -> None:
+        self._pending = pending
+        self._device = device
+
+    def result(self) -> Tensor:
+        """(T, D) float32, waits for every worker."""
+        return torch.from_numpy(self._pending.result()).to(self._device)

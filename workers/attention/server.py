@@ -1,0 +1,236 @@
+"""The gRPC server of an attention worker: a shell around the engine.
+
+The asyncio loop belongs to the network; the engine thread is reached through commands and answers through
+`call_soon_threadsafe`. Cancelling a call cancels the sequence, and with it the prefill it waits for.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import torch
+
+from router.experts.dispatcher import ExpertDispatcher
+from router.experts.grpc_transport import GrpcExpertTransport
+from router.experts.table import table_from_proto
+from wire.errors import FrameInvalid, MorayError, from_rpc
+from wire.frames import Frame, FrameKind, encode_frame
+from wire.handshake import Handshake, check_handshake
+from wire.metrics import Metrics
+from wire.proto import attention_pb2, attention_pb2_grpc, control_pb2
+from wire.rpc import (
+    ATTENTION_FRAMES,
+    CHANNEL_OPTIONS,
+    PREFILL_METHOD,
+    SERVER_OPTIONS,
+    Context,
+    aclose,
+    stream_errors,
+)
+from wire.watch import ClusterWatch
+from workers.attention.build import EngineConfig, build_engine
+from workers.attention.kv_transfer import encode_transfer, receive_transfer
+from workers.attention.moe import RemoteExperts
+from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
+from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
+from workers.checkpoint import open_checkpoint
+from workers.config import DispatchConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings:
+    """What an attention worker is told at start."""
+
+    engine: EngineConfig
+    dispatch: DispatchConfig
+    controller_address: str
+    host: str
+    """Address to listen on and to be reached at."""
+
+
+class AttentionServer(attention_pb2_grpc.AttentionServicer):
+    """One attention worker of any role."""
+
+    def __init__(self, worker_id: str, *, checkpoint_dir: Path, settings: AttentionSettings) -> None:
+        """Loads every weight but the routed experts.
+
+        Raises:
+            ModelBroken: the checkpoint cannot be served; names the file or tensor.
+        """
+        torch.set_num_threads(settings.engine.group.num_threads)
+        checkpoint = open_checkpoint(checkpoint_dir)
+        self._config = checkpoint.config
+        self._settings = settings
+        self.metrics = Metrics("attention")
+        page_tokens = settings.engine.kv.page_tokens
+        self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
+        self._transport = GrpcExpertTransport(self._handshake)
+        self._dispatcher = ExpertDispatcher(
+            self._transport, deadline_s=settings.dispatch.deadline_s, metrics=self.metrics
+        )
+        experts = RemoteExperts(self._dispatcher)
+        self._engine = build_engine(checkpoint, experts, config=settings.engine, metrics=self.metrics)
+        self._watch = ClusterWatch(
+            settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
+        )
+        self._table_version = 0
+        """Of the table built last; most snapshots carry it again."""
+        self._watching: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
+        self._prefill_channels: dict[str, grpc.aio.Channel] = {}
+
+    async def start(self, port: int = 0) -> int:
+        """Listens and follows the controller; returns the port."""
+        self._engine.start()
+        self._watching = asyncio.create_task(self._watch.run(), name="watch")
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        attention_pb2_grpc.add_AttentionServicer_to_server(self, server)
+        handlers: dict[str, grpc.RpcMethodHandler[object, object]] = {
+            "Prefill": grpc.unary_stream_rpc_method_handler(
+                self._prefill, request_deserializer=attention_pb2.SequenceRequest.FromString
+            ),
+            "Score": grpc.unary_stream_rpc_method_handler(
+                self._score, request_deserializer=attention_pb2.ScoreRequest.FromString
+            ),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(ATTENTION_FRAMES, handlers),))
+        bound_port = server.add_insecure_port(f"{self._settings.host}:{port}")
+        await server.start()
+        self._server = server
+        return bound_port
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Ends open calls, the engine and every channel; the port is free afterwards."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+        await asyncio.to_thread(self._engine.stop)
+        await asyncio.to_thread(self._transport.close)
+        for channel in self._prefill_channels.values():
+            await channel.close()
+
+    async def check_integrity(self) -> None:
+        """Checks the page accounts.
+
+        Raises:
+            RuntimeError: a page is lost, shared or owned by nobody.
+        """
+        await asyncio.wrap_future(self._engine.check_integrity())
+
+    @stream_errors
+    async def Generate(
+        self, request: attention_pb2.SequenceRequest, context: Context
+    ) -> AsyncIterator[attention_pb2.SequenceEvent]:
+        """Streams the new tokens of one sequence."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        spec = read_sequence(request, self._config, is_prefill_only=False)
+        async with contextlib.AsyncExitStack() as stack:
+            async for event in self._run(spec, request, stack):
+                if isinstance(event, NewToken):
+                    yield attention_pb2.SequenceEvent(
+                        token_ids=[event.token_id], finish_reason=FINISH_TO_PROTO[event.finish]
+                    )
+
+    @stream_errors
+    async def _prefill(
+        self, request: attention_pb2.SequenceRequest, context: Context
+    ) -> AsyncIterator[bytes]:
+        """Streams the cache rows of a prompt, then the first token."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        spec = read_sequence(request, self._config, is_prefill_only=True)
+        async with contextlib.AsyncExitStack() as stack:
+            async for event in self._run(spec, request, stack):
+                if isinstance(event, CacheRows | NewToken):
+                    data = encode_transfer(spec, event)
+                    self.metrics.counter("kv_bytes_total", direction="sent").inc(len(data))
+                    yield data
+
+    @stream_errors
+    async def _score(self, request: attention_pb2.ScoreRequest, context: Context) -> AsyncIterator[bytes]:
+        """Streams the tensors of one scored prompt."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        spec = read_score(request, self._config, max_chunk_tokens=self._settings.engine.group.max_step_tokens)
+        for name, tensor in (await asyncio.wrap_future(self._engine.score(spec))).items():
+            yield encode_frame(Frame(kind=FrameKind.SCORES, tensors=(tensor.numpy(),), meta=name.encode()))
+
+    async def _run(
+        self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, stack: contextlib.AsyncExitStack
+    ) -> AsyncIterator[Event]:
+        """The events of a sequence up to its last; leaving `stack` gives up what is not finished."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def sink(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        stack.callback(self._engine.cancel, spec)
+        self._engine.submit(spec, sink)
+        while True:
+            event = await events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Admitted) and spec.source is Source.REMOTE:
+                pulling = asyncio.create_task(
+                    self._pull(spec, request, events), name=f"pull-{spec.request_id}"
+                )
+                stack.push_async_callback(_cancel, pulling)
+            yield event
+            if isinstance(event, NewToken) and (event.finish or spec.source is Source.PREFILL_ONLY):
+                return
+
+    async def _pull(
+        self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, events: "asyncio.Queue[Event]"
+    ) -> None:
+        """Feeds the engine with what the prefill worker sends."""
+        channel = self._prefill_channel(request.prefill_address)
+        prefill: grpc.aio.UnaryStreamMultiCallable[attention_pb2.SequenceRequest, bytes] = (
+            channel.unary_stream(
+                PREFILL_METHOD, request_serializer=attention_pb2.SequenceRequest.SerializeToString
+            )
+        )
+        call = prefill(request, metadata=self._handshake.to_metadata())
+        items = receive_transfer(spec, call)
+        try:
+            async for item in items:
+                if isinstance(item, CacheRows):
+                    self._engine.add_rows(spec.key, item)
+                else:
+                    self._engine.finish_transfer(spec.key, item)
+        except grpc.aio.AioRpcError as error:
+            events.put_nowait(Failed(from_rpc(error)))
+        except FrameInvalid as error:
+            self.metrics.counter("kv_refused_total", reason="damaged").inc()
+            events.put_nowait(Failed(error))
+        finally:
+            await aclose(items)
+            call.cancel()
+
+    def _prefill_channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._prefill_channels:
+            self._prefill_channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return self._prefill_channels[address]
+
+    def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
+        self._transport.update_members(snapshot.members)
+        if snapshot.HasField("table") and snapshot.table.version != self._table_version:
+            try:
+                self._dispatcher.set_table(table_from_proto(snapshot.table))
+                self._table_version = snapshot.table.version
+            except MorayError:
+                _log.exception("refused routing table %d; keeping the last one", snapshot.table.version)
+
+
+async def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

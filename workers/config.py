@@ -1,0 +1,69 @@
+"""What can be set of the workers: expert groups and attention groups."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from wire.config import FrozenConfig
+
+
+class WorkerGroupConfig(FrozenConfig):
+    """What every group of workers has: how many, and what each one gets."""
+
+    replicas: int = Field(1, ge=0, le=4096)
+    """Workers in the group."""
+    num_threads: int = Field(1, ge=1, le=1024)
+    """Threads of arithmetic in each worker."""
+    num_cpus: float = Field(0.0, ge=0)
+    """CPUs that Ray reserves for each worker; 0 reserves none."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs that Ray reserves for each worker; more than 0 puts its weights on the GPU."""
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that a node must carry to host this group; empty = any node."""
+    max_per_node: int = Field(0, ge=0)
+    """Workers of this group on one node at most; 0 = as many as its CPUs and GPUs allow."""
+
+
+class ExpertConfig(WorkerGroupConfig):
+    """The expert workers."""
+
+    replicas: int = Field(2, ge=1, le=4096)
+    """Expert workers."""
+    num_slots: int = Field(0, ge=0)
+    """Expert slots of each worker in each MoE layer; 0 = just enough for every expert once."""
+
+
+class AttentionConfig(WorkerGroupConfig):
+    """One group of attention workers: prefill, decode, or both in one."""
+
+    num_pages: int = Field(1024, ge=1)
+    """KV pages of each worker; a page holds `kv.page_tokens` tokens of all layers."""
+    max_batch_requests: int = Field(64, ge=1)
+    """Requests decoded together in one step."""
+    max_step_tokens: int = Field(512, ge=1)
+    """Tokens of one step, decode rows and prompt chunks together."""
+
+
+class KvConfig(FrozenConfig):
+    """The paged latent cache; the same in every attention worker."""
+
+    page_tokens: int = Field(16, ge=1, le=4096)
+    """Tokens of one page."""
+    dtype: Literal["float32"] = "float32"
+    """How cached values are held."""
+
+
+class MtpConfig(FrozenConfig):
+    """The multi-token-prediction layer."""
+
+    zero_first_embedding: bool = False
+    """Zero the embedding at position 0 before the layer, as vLLM does and SGLang does not."""
+
+
+class DispatchConfig(FrozenConfig):
+    """How attention workers send tokens to expert workers."""
+
+    combine: Literal["exact"] = "exact"
+    """How partial sums travel and add up; exact = FP64, so that placement changes no bit."""
+    deadline_s: float = Field(60.0, gt=0)
+    """Seconds for one layer's dispatch, retries included, before its requests fail."""

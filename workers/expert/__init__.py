@@ -1,0 +1,1 @@
+"""Expert workers: slots, load counters, the server that answers Forward."""

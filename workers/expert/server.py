@@ -1,0 +1,132 @@
+"""The gRPC server of an expert worker: a shell around SlotStore and ExpertService."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import torch
+
+from model.errors import ModelError
+from model.weights import ExpertWeights, load_expert
+from wire.errors import InvalidRequest, ModelBroken
+from wire.frames import decode_frame, encode_frame
+from wire.handshake import Handshake, check_handshake
+from wire.metrics import Metrics
+from wire.proto import expert_pb2, expert_pb2_grpc
+from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unary_errors
+from workers.checkpoint import open_checkpoint
+from workers.config import ExpertConfig
+from workers.expert.service import ExpertService
+from workers.expert.slots import SlotStore
+from workers.expert.types import Slot
+
+_log = logging.getLogger(__name__)
+
+
+class ExpertServer(expert_pb2_grpc.ExpertServicer):
+    """One expert worker: loads what it is told to and answers Forward.
+
+    Arithmetic and loading run in one thread each, so that heavy work never stops the network loop.
+    """
+
+    def __init__(self, worker_id: str, *, checkpoint_dir: Path, config: ExpertConfig, host: str) -> None:
+        """Opens the checkpoint (headers only).
+
+        Raises:
+            ModelBroken: the checkpoint cannot be served; names the file or tensor.
+        """
+        torch.set_num_threads(config.num_threads)
+        self._worker_id = worker_id
+        self._host = host
+        self._device = "cuda" if config.num_gpus > 0 else "cpu"
+        self._checkpoint = open_checkpoint(checkpoint_dir)
+        self.metrics = Metrics("expert")
+        self._store = SlotStore(self._load_expert)
+        self._service = ExpertService(
+            self._store,
+            hidden_size=self._checkpoint.config.hidden_size,
+            metrics=self.metrics,
+            device=self._device,
+        )
+        self._handshake = Handshake(model=self._checkpoint.fingerprint())
+        self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> int:
+        """Listens; returns the port."""
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        expert_pb2_grpc.add_ExpertServicer_to_server(self, server)
+        forward: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self._forward)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(EXPERT_FRAMES, {"Forward": forward}),)
+        )
+        bound_port = server.add_insecure_port(f"{self._host}:{port}")
+        await server.start()
+        self._server = server
+        return bound_port
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Ends open streams and frees the port."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        self._arithmetic.shutdown(wait=True, cancel_futures=True)
+        self._loading.shutdown(wait=True, cancel_futures=True)
+
+    @unary_errors
+    async def LoadSlots(
+        self, request: expert_pb2.LoadSlotsRequest, context: Context
+    ) -> expert_pb2.SlotReport:
+        """Loads the experts named; answers when all are in memory."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        slots = [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in request.slots]
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._loading, self._prepare, slots, request.table_version)
+        return self._report()
+
+    @unary_errors
+    async def Describe(self, request: expert_pb2.DescribeRequest, context: Context) -> expert_pb2.SlotReport:
+        """What the worker holds now."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        return self._report()
+
+    @stream_errors
+    async def _forward(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        loop = asyncio.get_running_loop()
+        async for data in requests:
+            yield await loop.run_in_executor(self._arithmetic, self._answer, data)
+
+    def _answer(self, data: bytes) -> bytes:
+        return encode_frame(self._service.answer(decode_frame(data)))
+
+    def _prepare(self, slots: list[Slot], table_version: int) -> None:
+        try:
+            self._store.prepare(slots, table_version=table_version)
+        except ModelError as error:
+            raise ModelBroken(str(error)) from error
+        except ValueError as error:
+            raise InvalidRequest(str(error), field="slots") from error
+        self._store.check_integrity()
+        self.metrics.gauge("slots").set(len(slots))
+        self.metrics.gauge("weights_bytes").set(self._store.num_bytes())
+        _log.info("%s holds %d slots for table %d", self._worker_id, len(slots), table_version)
+
+    def _load_expert(self, layer_idx: int, expert_idx: int) -> ExpertWeights:
+        return load_expert(self._checkpoint, layer_idx=layer_idx, expert_idx=expert_idx, device=self._device)
+
+    def _report(self) -> expert_pb2.SlotReport:
+        slots = [
+            expert_pb2.SlotAssignment(layer_idx=s.layer_idx, slot_idx=s.slot_idx, expert_idx=s.expert_idx)
+            for s in self._store.slots()
+        ]
+        return expert_pb2.SlotReport(
+            worker_id=self._worker_id,
+            table_version=self._store.table_version,
+            slots=slots,
+            weight_bytes=self._store.num_bytes(),
+        )
