@@ -1,10 +1,12 @@
 """DeepSeek-V3.2 once more, slow and plain: the fast code is compared with it, the trainer differentiates it.
 
-One sequence at a time, no cache, keys and values expanded per head, float32, gradients to every tensor. It
-shares nothing with the rest of the package but the config type: a mistake has to be made twice to go unseen.
+Whole sequences of one length, no cache, keys and values expanded per head, float32, gradients to every
+tensor. It shares nothing with the rest of the package but the config type: a mistake has to be made twice to
+go unseen.
 
-Letters: T tokens (queries), S tokens (keys), D hidden, V vocabulary, H heads, N nope width, P rope width,
-O value width, J indexer heads, I indexer width, E logical experts, G groups, K top-k, U selected positions.
+Letters: B sequences, T tokens (queries), S tokens (keys), D hidden, V vocabulary, H heads, N nope width,
+P rope width, O value width, J indexer heads, I indexer width, E logical experts, G groups, K top-k,
+U selected positions, R rows here: the B * T tokens laid end to end.
 
 Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1 and 2.2; DeepSeek-V3.2-Exp's report, section 2 (indexer).
 """
@@ -12,6 +14,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437), sections 2.1 and 2.2; DeepSeek-V3.2-Exp'
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +22,17 @@ from torch.nn import functional
 
 from model.config import ModelConfig
 
+Attention = Literal["sparse", "dense", "dense with indexer"]
+"""Sparse is the model. Dense looks at every position and runs no indexer; the third runs it without obeying
+it: what the trainer needs before the indexer has learnt anything."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOutput:
-    """Everything that one forward pass computes and chooses; maps are by layer, the MTP layer included."""
+    """Everything that one forward pass computes and chooses; maps are by layer, the MTP layer included.
+
+    With B sequences every (T, ...) has B * T rows, the sequences laid end to end.
+    """
 
     logits_TV: Tensor
     """(T, V): scores of the next token."""
@@ -35,7 +45,12 @@ class ReferenceOutput:
     indexer_ids: Mapping[int, Tensor]
     """(T, U) int64, ascending, -1 padded; U = min(index_topk, T)."""
     index_scores: Mapping[int, Tensor]
-    """(T, S), -inf where s > t."""
+    """(T, S), -inf where s > t. No gradient reaches the layer's input, only the indexer's own weights.
+
+    Source: DeepSeek-V3.2-Exp's report, section 2.1.1: the indexer's input is detached.
+    """
+    attention_shares: Mapping[int, Tensor]
+    """(T, S), the mean over heads of what attention gave to each position; no gradient, rows sum to 1."""
     mtp_logits: Tensor | None
     """(T - 1, V): row i scores token i + 2; None without an MTP layer, or for a single token."""
 
@@ -50,141 +65,178 @@ class Reference:
         self._tensors = tensors
         self._zero_first_embedding = zero_first_embedding
 
-    def forward(self, token_ids: Sequence[int] | Tensor) -> ReferenceOutput:
-        """Runs one sequence of T >= 1 tokens."""
-        return _Pass(self.config, self._tensors, self._zero_first_embedding).run(torch.as_tensor(token_ids))
+    def forward(
+        self, token_ids: Sequence[int] | Tensor, *, attention: Attention = "sparse"
+    ) -> ReferenceOutput:
+        """Runs one sequence of T >= 1 tokens, or B sequences of T tokens each, given as (B, T)."""
+        ids = torch.as_tensor(token_ids)
+        token_ids_BT = ids if ids.dim() == 2 else ids[None]
+        return _Pass(self, self._tensors, self._zero_first_embedding, attention).run(token_ids_BT)
 
 
 class _Pass:
     """One forward pass; keeps what it chose."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], zero_first: bool) -> None:
-        self.config = config
+    def __init__(
+        self, model: Reference, tensors: Mapping[str, Tensor], zero_first: bool, attention: Attention
+    ) -> None:
+        self.config = model.config
         self.tensors = tensors
         self.zero_first = zero_first
+        self.attention_kind = attention
+        self.num_sequences = 1
         self.expert_ids: dict[int, Tensor] = {}
         self.expert_weights: dict[int, Tensor] = {}
         self.indexer_ids: dict[int, Tensor] = {}
         self.index_scores: dict[int, Tensor] = {}
+        self.attention_shares: dict[int, Tensor] = {}
 
-    def run(self, token_ids_T: Tensor) -> ReferenceOutput:
-        x_TD = self.weight("model.embed_tokens")[token_ids_T]
+    def run(self, token_ids_BT: Tensor) -> ReferenceOutput:
+        self.num_sequences = len(token_ids_BT)
+        x_RD = self.embed("model.embed_tokens", token_ids_BT)
         hidden = []
         for layer_idx in range(self.config.num_hidden_layers):
-            hidden.append(x_TD)
-            x_TD = self.block(x_TD, layer_idx)
-        x_TD = self.rms_norm(x_TD, "model.norm")
-        hidden.append(x_TD)
-        has_mtp = self.config.num_nextn_predict_layers > 0 and len(token_ids_T) > 1
+            hidden.append(x_RD)
+            x_RD = self.block(x_RD, layer_idx)
+        x_RD = self.rms_norm(x_RD, "model.norm")
+        hidden.append(x_RD)
+        has_mtp = self.config.num_nextn_predict_layers > 0 and token_ids_BT.shape[1] > 1
         return ReferenceOutput(
-            logits_TV=x_TD @ self.weight("lm_head").T,
+            logits_TV=x_RD @ self.weight("lm_head").T,
             hidden=tuple(hidden),
-            mtp_logits=self.mtp(x_TD[:-1], token_ids_T[1:]) if has_mtp else None,
+            mtp_logits=self.mtp(x_RD, token_ids_BT) if has_mtp else None,
             expert_ids=self.expert_ids,
             expert_weights=self.expert_weights,
             indexer_ids=self.indexer_ids,
             index_scores=self.index_scores,
+            attention_shares=self.attention_shares,
         )
 
     def weight(self, name: str) -> Tensor:
         return self.tensors[f"{name}.weight"].float()
 
-    def rms_norm(self, x_TD: Tensor, name: str) -> Tensor:
-        variance = x_TD.pow(2).mean(-1, keepdim=True)
-        return x_TD / torch.sqrt(variance + self.config.rms_norm_eps) * self.weight(name)
+    def embed(self, name: str, token_ids_BT: Tensor) -> Tensor:
+        return functional.embedding(token_ids_BT, self.weight(name)).flatten(0, 1)
 
-    def mtp(self, hidden_TD: Tensor, next_ids_T: Tensor) -> Tensor:
+    def by_sequence(self, rows: Tensor) -> Tensor:
+        """(R, ...) -> (B, T, ...)."""
+        return rows.reshape(self.num_sequences, -1, *rows.shape[1:])
+
+    def rms_norm(self, x_RD: Tensor, name: str) -> Tensor:
+        variance = x_RD.pow(2).mean(-1, keepdim=True)
+        return x_RD / torch.sqrt(variance + self.config.rms_norm_eps) * self.weight(name)
+
+    def mtp(self, hidden_RD: Tensor, token_ids_BT: Tensor) -> Tensor:
         layer_idx = self.config.num_hidden_layers
         prefix = f"model.layers.{layer_idx}"
-        embed_TD = self.weight(f"{prefix}.embed_tokens")[next_ids_T]
+        hidden_RD = self.by_sequence(hidden_RD)[:, :-1].flatten(0, 1)
+        embed_RD = self.embed(f"{prefix}.embed_tokens", token_ids_BT[:, 1:])
         if self.zero_first:
-            embed_TD = torch.cat((torch.zeros_like(embed_TD[:1]), embed_TD[1:]))
-        parts = (self.rms_norm(embed_TD, f"{prefix}.enorm"), self.rms_norm(hidden_TD, f"{prefix}.hnorm"))
-        x_TD = torch.cat(parts, dim=-1) @ self.weight(f"{prefix}.eh_proj").T
-        x_TD = self.rms_norm(self.block(x_TD, layer_idx), f"{prefix}.shared_head.norm")
-        return x_TD @ self.weight(f"{prefix}.shared_head.head").T
+            is_first_BT = torch.arange(token_ids_BT.shape[1] - 1).expand(self.num_sequences, -1) == 0
+            embed_RD = embed_RD.masked_fill(is_first_BT.flatten()[:, None], 0.0)
+        parts = (self.rms_norm(embed_RD, f"{prefix}.enorm"), self.rms_norm(hidden_RD, f"{prefix}.hnorm"))
+        x_RD = torch.cat(parts, dim=-1) @ self.weight(f"{prefix}.eh_proj").T
+        x_RD = self.rms_norm(self.block(x_RD, layer_idx), f"{prefix}.shared_head.norm")
+        return x_RD @ self.weight(f"{prefix}.shared_head.head").T
 
-    def block(self, x_TD: Tensor, layer_idx: int) -> Tensor:
+    def block(self, x_RD: Tensor, layer_idx: int) -> Tensor:
         prefix = f"model.layers.{layer_idx}"
-        x_TD = x_TD + self.attention(self.rms_norm(x_TD, f"{prefix}.input_layernorm"), layer_idx)
-        normed_TD = self.rms_norm(x_TD, f"{prefix}.post_attention_layernorm")
+        x_RD = x_RD + self.attention(self.rms_norm(x_RD, f"{prefix}.input_layernorm"), layer_idx)
+        normed_RD = self.rms_norm(x_RD, f"{prefix}.post_attention_layernorm")
         if layer_idx < self.config.first_k_dense_replace:
-            return x_TD + self.mlp(normed_TD, f"{prefix}.mlp")
-        return x_TD + self.moe(normed_TD, layer_idx)
+            return x_RD + self.mlp(normed_RD, f"{prefix}.mlp")
+        return x_RD + self.moe(normed_RD, layer_idx)
 
-    def attention(self, x_TD: Tensor, layer_idx: int) -> Tensor:
+    def attention(self, x_RD: Tensor, layer_idx: int) -> Tensor:
         config, prefix = self.config, f"model.layers.{layer_idx}.self_attn"
-        num_tokens, heads, nope = len(x_TD), config.num_attention_heads, config.qk_nope_head_dim
-        q_latent = self.rms_norm(x_TD @ self.weight(f"{prefix}.q_a_proj").T, f"{prefix}.q_a_layernorm")
-        q_THX = (q_latent @ self.weight(f"{prefix}.q_b_proj").T).view(num_tokens, heads, -1)
-        q_THX = torch.cat((q_THX[..., :nope], _rope_pairs(q_THX[..., nope:], config)), dim=-1)
-        kv = x_TD @ self.weight(f"{prefix}.kv_a_proj_with_mqa").T
+        heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+        q_latent = self.rms_norm(x_RD @ self.weight(f"{prefix}.q_a_proj").T, f"{prefix}.q_a_layernorm")
+        q_BTHX = self.by_sequence((q_latent @ self.weight(f"{prefix}.q_b_proj").T).view(len(x_RD), heads, -1))
+        q_BTHX = torch.cat((q_BTHX[..., :nope], _rope_pairs(q_BTHX[..., nope:], config)), dim=-1)
+        kv = x_RD @ self.weight(f"{prefix}.kv_a_proj_with_mqa").T
         latent = self.rms_norm(kv[:, : config.kv_lora_rank], f"{prefix}.kv_a_layernorm")
-        key_rope_SHP = _rope_pairs(kv[:, None, config.kv_lora_rank :], config).expand(-1, heads, -1)
-        expanded = (latent @ self.weight(f"{prefix}.kv_b_proj").T).view(num_tokens, heads, -1)
-        key_SHX = torch.cat((expanded[..., :nope], key_rope_SHP), dim=-1)
-        value_SHO = expanded[..., nope:]
-        score_HTS = torch.einsum("thx,shx->hts", q_THX, key_SHX) * _softmax_scale(config)
-        is_kept_TS = self.select(x_TD, q_latent, layer_idx)
-        share_HTS = score_HTS.masked_fill(~is_kept_TS, -math.inf).softmax(-1)
-        output = torch.einsum("hts,sho->tho", share_HTS, value_SHO).flatten(1)
+        key_rope_BSHP = self.by_sequence(kv[:, None, config.kv_lora_rank :])
+        key_rope_BSHP = _rope_pairs(key_rope_BSHP, config).expand(-1, -1, heads, -1)
+        expanded = self.by_sequence(
+            (latent @ self.weight(f"{prefix}.kv_b_proj").T).view(len(x_RD), heads, -1)
+        )
+        key_BSHX = torch.cat((expanded[..., :nope], key_rope_BSHP), dim=-1)
+        value_BSHO = expanded[..., nope:]
+        score_BHTS = torch.einsum("bthx,bshx->bhts", q_BTHX, key_BSHX) * _softmax_scale(config)
+        is_hidden_BTS = ~self.select(x_RD, q_latent, layer_idx)
+        share_BHTS = score_BHTS.masked_fill(is_hidden_BTS[:, None], -math.inf).softmax(-1)
+        if self.attention_kind != "dense":
+            self.attention_shares[layer_idx] = share_BHTS.detach().mean(1).flatten(0, 1)
+        output = torch.einsum("bhts,bsho->btho", share_BHTS, value_BSHO).flatten(2).flatten(0, 1)
         return output @ self.weight(f"{prefix}.o_proj").T
 
-    def select(self, x_TD: Tensor, q_latent: Tensor, layer_idx: int) -> Tensor:
-        """(T, S) bool: the indexer's choice."""
+    def select(self, x_RD: Tensor, q_latent: Tensor, layer_idx: int) -> Tensor:
+        """(B, T, S) bool: the positions that attention looks at."""
+        num_tokens = len(x_RD) // self.num_sequences
+        future_TS = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
+        past_BTS = (~future_TS).expand(self.num_sequences, -1, -1)
+        if self.attention_kind == "dense":
+            return past_BTS
+        score_BTS = self.score(x_RD.detach(), q_latent.detach(), layer_idx).masked_fill(future_TS, -math.inf)
+        self.index_scores[layer_idx] = score_BTS.flatten(0, 1)
+        if self.attention_kind == "dense with indexer":
+            return past_BTS
+        # Stable: of equal scores (relu makes exact zeros) the earlier position wins.
+        in_order_BTS = score_BTS.detach().sort(dim=-1, descending=True, stable=True).indices
+        best_BTU = in_order_BTS[..., : self.config.index_topk]
+        is_kept_BTS = torch.zeros_like(past_BTS).scatter(-1, best_BTU, value=True) & past_BTS
+        places_BTU = best_BTU.masked_fill(~is_kept_BTS.gather(-1, best_BTU), num_tokens).sort(-1).values
+        self.indexer_ids[layer_idx] = places_BTU.masked_fill(places_BTU == num_tokens, -1).flatten(0, 1)
+        return is_kept_BTS
+
+    def score(self, x_RD: Tensor, q_latent: Tensor, layer_idx: int) -> Tensor:
+        """(B, T, S): how much the indexer wants query t to see position s, the future included."""
         config, prefix = self.config, f"model.layers.{layer_idx}.self_attn.indexer"
-        num_tokens, rope = len(x_TD), config.qk_rope_head_dim
-        q_TJI = (q_latent @ self.weight(f"{prefix}.wq_b").T).view(num_tokens, config.index_n_heads, -1)
-        k_SI = functional.layer_norm(
-            x_TD @ self.weight(f"{prefix}.wk").T,
+        heads, rope = config.index_n_heads, config.qk_rope_head_dim
+        q_BTJI = self.by_sequence((q_latent @ self.weight(f"{prefix}.wq_b").T).view(len(x_RD), heads, -1))
+        k_RI = functional.layer_norm(
+            x_RD @ self.weight(f"{prefix}.wk").T,
             (config.index_head_dim,),
             self.weight(f"{prefix}.k_norm"),
             self.tensors[f"{prefix}.k_norm.bias"].float(),
             eps=1e-6,
         )
-        q_TJI = torch.cat((_rope_halves(q_TJI[..., :rope], config), q_TJI[..., rope:]), dim=-1)
-        k_SI = torch.cat((_rope_halves(k_SI[:, None, :rope], config)[:, 0], k_SI[:, rope:]), dim=-1)
-        head_TJ = x_TD @ self.weight(f"{prefix}.weights_proj").T * config.index_n_heads**-0.5
-        match_TJS = torch.einsum("tji,si->tjs", q_TJI, k_SI).relu()
-        score_TS = torch.einsum("tjs,tj->ts", match_TJS, head_TJ) * config.index_head_dim**-0.5
-        future_TS = torch.ones(num_tokens, num_tokens, dtype=torch.bool).triu(1)
-        score_TS = score_TS.masked_fill(future_TS, -math.inf)
-        # Stable: of equal scores (relu makes exact zeros) the earlier position wins.
-        best_TU = score_TS.sort(dim=-1, descending=True, stable=True).indices[:, : config.index_topk]
-        is_kept_TS = torch.zeros_like(future_TS).scatter(1, best_TU, value=True) & ~future_TS
-        in_order_TU = best_TU.masked_fill(~is_kept_TS.gather(1, best_TU), num_tokens).sort(-1).values
-        self.index_scores[layer_idx] = score_TS
-        self.indexer_ids[layer_idx] = in_order_TU.masked_fill(in_order_TU == num_tokens, -1)
-        return is_kept_TS
+        k_BSJI = self.by_sequence(k_RI[:, None])
+        q_BTJI = torch.cat((_rope_halves(q_BTJI[..., :rope], config), q_BTJI[..., rope:]), dim=-1)
+        k_BSJI = torch.cat((_rope_halves(k_BSJI[..., :rope], config), k_BSJI[..., rope:]), dim=-1)
+        head_BTJ = self.by_sequence(x_RD @ self.weight(f"{prefix}.weights_proj").T) * heads**-0.5
+        match_BTJS = torch.einsum("btji,bsi->btjs", q_BTJI, k_BSJI[:, :, 0]).relu()
+        score_BTS: Tensor = torch.einsum("btjs,btj->bts", match_BTJS, head_BTJ) * config.index_head_dim**-0.5
+        return score_BTS
 
-    def moe(self, x_TD: Tensor, layer_idx: int) -> Tensor:
+    def moe(self, x_RD: Tensor, layer_idx: int) -> Tensor:
         prefix = f"model.layers.{layer_idx}.mlp"
-        ids_TK, weights_TK = self.gate(x_TD, prefix)
-        self.expert_ids[layer_idx], self.expert_weights[layer_idx] = ids_TK, weights_TK
-        output_TD = self.mlp(x_TD, f"{prefix}.shared_experts")
-        for expert_idx in range(self.config.n_routed_experts):
-            rows, choices = (ids_TK == expert_idx).nonzero(as_tuple=True)
-            if len(rows):
-                routed = self.mlp(x_TD[rows], f"{prefix}.experts.{expert_idx}")
-                output_TD = output_TD.index_add(0, rows, routed * weights_TK[rows, choices, None])
-        return output_TD
+        ids_RK, weights_RK = self.gate(x_RD, prefix)
+        self.expert_ids[layer_idx], self.expert_weights[layer_idx] = ids_RK, weights_RK
+        by_expert = ids_RK.flatten().argsort(stable=True)
+        rows = by_expert // self.config.num_experts_per_tok
+        num_rows = ids_RK.flatten().bincount(minlength=self.config.n_routed_experts).tolist()
+        parts = torch.split_with_sizes(x_RD.index_select(0, rows), num_rows)
+        routed = [self.mlp(part, f"{prefix}.experts.{idx}") for idx, part in enumerate(parts) if len(part)]
+        weighted = torch.cat(routed) * weights_RK.flatten()[by_expert, None]
+        return self.mlp(x_RD, f"{prefix}.shared_experts").index_add(0, rows, weighted)
 
-    def gate(self, x_TD: Tensor, prefix: str) -> tuple[Tensor, Tensor]:
+    def gate(self, x_RD: Tensor, prefix: str) -> tuple[Tensor, Tensor]:
         config = self.config
-        score_TE = (x_TD @ self.weight(f"{prefix}.gate").T).sigmoid()
-        biased_TE = score_TE + self.tensors[f"{prefix}.gate.e_score_correction_bias"].float()
-        biased_TGX = biased_TE.view(len(x_TD), config.n_group, -1)
-        best_two_TG = biased_TGX.sort(-1, descending=True).values[..., :2].sum(-1)
-        groups = best_two_TG.argsort(-1, descending=True)[:, : config.topk_group]
-        is_open_TG = torch.zeros_like(best_two_TG, dtype=torch.bool).scatter(1, groups, value=True)
-        open_TE = biased_TGX.masked_fill(~is_open_TG[..., None], -math.inf).flatten(1)
-        ids_TK = open_TE.argsort(-1, descending=True)[:, : config.num_experts_per_tok].sort(-1).values
-        chosen_TK = score_TE.gather(1, ids_TK)
-        return ids_TK, chosen_TK / chosen_TK.sum(-1, keepdim=True) * config.routed_scaling_factor
+        score_RE = (x_RD @ self.weight(f"{prefix}.gate").T).sigmoid()
+        biased_RE = score_RE.detach() + self.tensors[f"{prefix}.gate.e_score_correction_bias"].float()
+        biased_RGX = biased_RE.view(len(x_RD), config.n_group, -1)
+        best_two_RG = biased_RGX.sort(-1, descending=True).values[..., :2].sum(-1)
+        groups = best_two_RG.argsort(-1, descending=True)[:, : config.topk_group]
+        is_open_RG = torch.zeros_like(best_two_RG, dtype=torch.bool).scatter(1, groups, value=True)
+        open_RE = biased_RGX.masked_fill(~is_open_RG[..., None], -math.inf).flatten(1)
+        ids_RK = open_RE.argsort(-1, descending=True)[:, : config.num_experts_per_tok].sort(-1).values
+        chosen_RK = score_RE.gather(1, ids_RK)
+        return ids_RK, chosen_RK / chosen_RK.sum(-1, keepdim=True) * config.routed_scaling_factor
 
-    def mlp(self, x_TD: Tensor, name: str) -> Tensor:
-        gate = functional.silu(x_TD @ self.weight(f"{name}.gate_proj").T)
-        return (gate * (x_TD @ self.weight(f"{name}.up_proj").T)) @ self.weight(f"{name}.down_proj").T
+    def mlp(self, x_RD: Tensor, name: str) -> Tensor:
+        gate = functional.silu(x_RD @ self.weight(f"{name}.gate_proj").T)
+        return (gate * (x_RD @ self.weight(f"{name}.up_proj").T)) @ self.weight(f"{name}.down_proj").T
 
 
 def _softmax_scale(config: ModelConfig) -> float:
@@ -216,15 +268,15 @@ def _angles(num_tokens: int, config: ModelConfig) -> tuple[Tensor, Tensor]:
     return angle.cos() * scale, angle.sin() * scale
 
 
-def _rope_pairs(x_THP: Tensor, config: ModelConfig) -> Tensor:
+def _rope_pairs(x_BTHP: Tensor, config: ModelConfig) -> Tensor:
     """Turns neighbours (2i, 2i + 1) as complex numbers."""
-    cos, sin = _angles(len(x_THP), config)
-    pairs = torch.view_as_complex(x_THP.reshape(*x_THP.shape[:-1], -1, 2))
+    cos, sin = _angles(x_BTHP.shape[1], config)
+    pairs = torch.view_as_complex(x_BTHP.reshape(*x_BTHP.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
-def _rope_halves(x_TJP: Tensor, config: ModelConfig) -> Tensor:
+def _rope_halves(x_BTJP: Tensor, config: ModelConfig) -> Tensor:
     """Turns value i of the first half with value i of the second."""
-    cos, sin = _angles(len(x_TJP), config)
-    turned = torch.cat((-x_TJP[..., x_TJP.shape[-1] // 2 :], x_TJP[..., : x_TJP.shape[-1] // 2]), dim=-1)
-    return x_TJP * torch.cat((cos, cos), dim=-1) + turned * torch.cat((sin, sin), dim=-1)
+    cos, sin = _angles(x_BTJP.shape[1], config)
+    turned = torch.cat((-x_BTJP[..., x_BTJP.shape[-1] // 2 :], x_BTJP[..., : x_BTJP.shape[-1] // 2]), dim=-1)
+    return x_BTJP * torch.cat((cos, cos), dim=-1) + turned * torch.cat((sin, sin), dim=-1)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from model.byte_tokenizer import NUM_TOKENS
 
-SizeName = Literal["tiny", "small", "bench-1b"]
+SizeName = Literal["tiny", "nano", "small", "bench-1b"]
 DtypeName = Literal["float32", "bfloat16", "fp8"]
 
 _COMMON: Mapping[str, object] = MappingProxyType(
@@ -62,6 +62,26 @@ SIZES: Mapping[SizeName, Mapping[str, object]] = MappingProxyType(
             "index_topk": 64,
             "max_position_embeddings": 4096,
             "rope_scaling": {**_YARN, "original_max_position_embeddings": 512},
+        },
+        "nano": {
+            "vocab_size": 1536,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "n_routed_experts": 32,
+            "num_experts_per_tok": 4,
+            "q_lora_rank": 96,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "index_n_heads": 4,
+            "index_head_dim": 32,
+            "index_topk": 64,
+            "max_position_embeddings": 2048,
+            "rope_scaling": {**_YARN, "factor": 4, "original_max_position_embeddings": 512},
         },
         "small": {
             "vocab_size": NUM_TOKENS,

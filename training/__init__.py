@@ -1,0 +1,1 @@
+"""The trainer of moray-nano, the small model in the box."""

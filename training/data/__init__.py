@@ -1,0 +1,1 @@
+"""What moray-nano learns from: made by these generators from a seed, no outside text."""
