@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.cli import checkpoint, generate, logits, router, status, up
+from cluster.cli import checkpoint, generate, logits, router, status, template, up
 from cluster.cli.failure import report
 from wire.errors import MorayError
 
@@ -25,6 +25,7 @@ app.command("generate")(generate.generate)
 app.command("logits")(logits.logits)
 app.command("router")(router.router)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(template.app, name="template")
 
 
 def main() -> None:

@@ -43,14 +43,19 @@ def encode_messages(
     Raises:
         InvalidRequest: a field is missing or does not fit; it names the message.
     """
-    if thinking_mode not in THINKING_MODES:
-        wanted = " or ".join(f'"{mode}"' for mode in THINKING_MODES)
-        raise _refused("thinking_mode", wanted=wanted, given=repr(thinking_mode))
+    check_thinking_mode(thinking_mode)
     turns = _in_call_order([*context, *messages])
     last_asked = max((i for i, turn in enumerate(turns) if turn["role"] in _ASKING_ROLES), default=-1)
     state = _Encoder(turns, thinks=thinking_mode == "thinking", last_asked=last_asked, drops=drop_thinking)
     prompt = "".join(state.turn(i) for i in range(len(context), len(turns)))
     return (markup.BOS if add_default_bos_token and not context else "") + prompt
+
+
+def check_thinking_mode(thinking_mode: object) -> None:
+    """Raises InvalidRequest unless it is one of THINKING_MODES."""
+    if thinking_mode not in THINKING_MODES:
+        wanted = " or ".join(f'"{mode}"' for mode in THINKING_MODES)
+        raise _refused("thinking_mode", wanted=wanted, given=repr(thinking_mode))
 
 
 def _refused(field: str, *, wanted: str, given: str) -> InvalidRequest:
@@ -67,13 +72,13 @@ class _Encoder:
     def turn(self, idx: int) -> str:
         turn = self.turns[idx]
         if turn["role"] == "system":
-            return _text(turn, idx) + _attachments(turn)
+            return _text(turn, idx) + _attachments(turn, idx)
         if turn["role"] == "user":
             return markup.USER + _text(turn, idx) + markup.ASSISTANT + self._opening(idx == self.last_asked)
         if turn["role"] == "developer":
             if not turn.get("content"):
                 raise _refused(f"messages[{idx}].content", wanted="a text that is not empty", given="none")
-            text = _attachments(turn) + markup.DEVELOPER_HEAD + _text(turn, idx)
+            text = _attachments(turn, idx) + markup.DEVELOPER_HEAD + _text(turn, idx)
             return markup.USER + text + markup.ASSISTANT + self._opening(idx == self.last_asked)
         if turn["role"] == "tool":
             return self._result(idx)
@@ -115,8 +120,8 @@ def encode_calls(calls: Sequence[Message], place: str) -> str:
     for i, call in enumerate(calls):
         function = call.get("function", call)
         field = f"{place}.tool_calls[{i}].function"
-        if not isinstance(function.get("name"), str):
-            raise _refused(f"{field}.name", wanted="a name", given=repr(function.get("name")))
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise _refused(f"{field}.name", wanted="a name", given=repr(function)[:60])
         arguments = _arguments(function.get("arguments", "{}"), f"{field}.arguments")
         lines = "\n".join(_parameter(name, value) for name, value in arguments.items())
         blocks.append(f'{markup.INVOKE_OPEN}{function["name"]}">\n{lines}\n{markup.INVOKE_CLOSE}')
@@ -142,15 +147,21 @@ def _parameter(name: str, value: object) -> str:
     return f'{markup.PARAMETER_OPEN}{name}" string="{kind}">{text}{markup.PARAMETER_CLOSE}'
 
 
-def _attachments(turn: Message) -> str:
+def _attachments(turn: Message, idx: int) -> str:
     """Tools and response format of a system or developer turn."""
     text = ""
     if turn.get("tools"):
+        _check_objects(turn["tools"], f"messages[{idx}].tools")
         schemas = "\n".join(_json(tool.get("function", tool)) for tool in turn["tools"])
         text += f"\n\n{markup.TOOLS_HEAD}{schemas}{markup.TOOLS_TAIL}"
     if turn.get("response_format"):
         text += f"\n\n{markup.RESPONSE_FORMAT_HEAD}{_json(turn['response_format'])}"
     return text
+
+
+def _check_objects(values: object, field: str) -> None:
+    if not isinstance(values, Sequence) or not all(isinstance(value, Mapping) for value in values):
+        raise _refused(field, wanted="a list of objects", given=repr(values)[:60])
 
 
 def _json(value: object) -> str:
@@ -176,6 +187,7 @@ def _in_call_order(turns: Sequence[Message]) -> list[Message]:
             raise _refused(f"messages[{idx}].role", wanted=f"one of {', '.join(_ROLES)}", given=given)
         if turn["role"] != "tool":
             calls = (turn.get("tool_calls") or ()) if turn["role"] == "assistant" else ()
+            _check_objects(calls, f"messages[{idx}].tool_calls")
             ordered.append(turn)
         elif idx == 0 or turns[idx - 1]["role"] != "tool":
             results = _round(turns, idx)
