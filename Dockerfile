@@ -31,6 +31,7 @@ COPY workers workers
 COPY model model
 COPY wire wire
 COPY cluster cluster
+COPY assets assets
 RUN /opt/venv/bin/pip install -c constraints.txt ".${EXTRAS}" && /opt/venv/bin/moray --help > /dev/null
 
 FROM ${BASE_IMAGE}

@@ -2,15 +2,14 @@
 
     .venv/bin/python benchmarks/decode_batching.py [--new-tokens 64] [--repeats 3] [--json]
 
-Both run the model in the box with the same prompts in the same run, and must give the same tokens. Only the
-ratios are worth comparing between machines.
+Both run the tiny model in the box with the same prompts in the same run, and must give the same tokens.
+Only the ratios are worth comparing between machines.
 """
 
 import asyncio
 import json
 import os
 import platform
-import queue
 import random
 import statistics
 import subprocess
@@ -29,16 +28,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._one_process import greedy, one_process
 from cluster.client import GenerateOptions, InferenceClient
 from cluster.local_state import LocalCluster
 from cluster.models import find_model
-from wire.metrics import Metrics
-from workers.attention.build import EngineConfig, InProcessExperts, build_engine
-from workers.attention.engine import Engine
-from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
-from workers.checkpoint import open_checkpoint
-from workers.config import AttentionConfig
 
+MODEL = "tiny"
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 64
 SEED = 0
@@ -67,9 +62,9 @@ def main(
     rng = random.Random(SEED)
     prompts = [[rng.randrange(3, 259) for _ in range(PROMPT_TOKENS)] for _ in range(max(BATCHES))]
     results = []
-    with engine() as local, cluster() as address:
+    with one_process(find_model(MODEL).path) as local, cluster() as address:
         runs: dict[str, Run] = {
-            "one process": lambda asked: in_process(local, asked, new_tokens),
+            "one process": lambda asked: greedy(local, asked, max_tokens=new_tokens),
             "cluster": lambda asked: in_cluster(address, asked, new_tokens),
         }
         for batch in BATCHES:
@@ -93,37 +88,6 @@ def measure(run: Run, prompts: Prompts, repeats: int) -> tuple[list[list[int]], 
     return outputs, statistics.median(rates)
 
 
-def in_process(local: Engine, prompts: Prompts, new_tokens: int) -> list[list[int]]:
-    """Every prompt at once through one engine."""
-    sinks: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in prompts]
-    for i, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
-        spec = SequenceSpec(
-            request_id=f"{i}",
-            attempt=0,
-            token_ids=tuple(prompt),
-            num_prompt_tokens=len(prompt),
-            max_tokens=new_tokens,
-            stop_token_ids=frozenset(),
-            sampling=Sampling(),
-            source=Source.LOCAL,
-        )
-        local.submit(spec, sink.put)
-    return [read_tokens(sink) for sink in sinks]
-
-
-def read_tokens(sink: "queue.SimpleQueue[Event]") -> list[int]:
-    """All new tokens of one sequence."""
-    tokens: list[int] = []
-    while True:
-        event = sink.get()
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, NewToken):
-            tokens.append(event.token_id)
-            if event.finish is not None:
-                return tokens
-
-
 def in_cluster(address: str, prompts: Prompts, new_tokens: int) -> list[list[int]]:
     """Every prompt at once through the router."""
 
@@ -136,26 +100,11 @@ def in_cluster(address: str, prompts: Prompts, new_tokens: int) -> list[list[int
 
 
 @contextmanager
-def engine() -> Iterator[Engine]:
-    """The model in the box, whole in this process, one thread."""
-    checkpoint = open_checkpoint(find_model("tiny").path)
-    built = build_engine(
-        checkpoint,
-        InProcessExperts.load(checkpoint),
-        config=EngineConfig(group=AttentionConfig()),
-        metrics=Metrics("attention"),
-    )
-    built.start()
-    yield built
-    built.stop()
-
-
-@contextmanager
 def cluster() -> Iterator[str]:
     """A default cluster on this host (2 expert, 1 prefill, 1 decode worker); the address of its router."""
     with tempfile.TemporaryDirectory() as folder:
         config, state = Path(folder) / "config.yaml", Path(folder) / "cluster.json"
-        config.write_text(yaml.safe_dump({"router": {"grpc_port": 0, "http_port": 0}}))
+        config.write_text(yaml.safe_dump({"model": MODEL, "router": {"grpc_port": 0, "http_port": 0}}))
         moray = Path(sys.executable).parent / "moray"
         process = subprocess.Popen(
             [str(moray), "up", "--config", str(config)],

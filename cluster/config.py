@@ -42,8 +42,8 @@ class TopologyConfig(FrozenConfig):
 class MorayConfig(FrozenConfig):
     """Everything that can be set, by the key that it has in YAML and in Helm values."""
 
-    model: str = "tiny"
-    """Checkpoint directory in the HF layout, or the name of a model in the box (tiny)."""
+    model: str = "nano"
+    """Checkpoint directory in the HF layout, or the name of a model in the box (nano, tiny)."""
     name: str = Field("moray", pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=40)
     """Name of the cluster: the Ray namespace and the prefix of actor names."""
     expert: ExpertConfig = ExpertConfig()

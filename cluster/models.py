@@ -1,4 +1,4 @@
-"""Which checkpoint a config names: a directory, or a model in the box that is made on first use."""
+"""Which checkpoint a config names: a directory, or a model in the box, shipped or made on first use."""
 
 import os
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from typing import Literal, get_args
 
 from wire.errors import ConfigError
 
-InTheBox = Literal["tiny"]
-IN_THE_BOX: tuple[InTheBox, ...] = get_args(InTheBox)
+Made = Literal["tiny"]
+MADE: tuple[Made, ...] = get_args(Made)
 """Models that Moray makes itself, from a fixed seed: the same bytes on every host."""
+SHIPPED = ("nano",)
+"""Trained models that come with Moray."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ def find_model(model: str) -> ModelSource:
     path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return ModelSource(path.resolve().name, path.resolve())
-    boxed = next((name for name in IN_THE_BOX if name == model), None)
+    if model in SHIPPED:
+        return ModelSource(model, _shipped(model))
+    boxed = next((name for name in MADE if name == model), None)
     if boxed is None:
-        wanted = f"a directory with config.json and safetensors, or one of {', '.join(IN_THE_BOX)}"
+        wanted = f"a directory with config.json and safetensors, or one of {', '.join((*SHIPPED, *MADE))}"
         raise ConfigError(field="model", wanted=wanted, given=model)
     made = cache_dir() / "models" / boxed
     if not (made / "config.json").is_file():
@@ -52,3 +56,13 @@ def find_model(model: str) -> ModelSource:
             if not (made / "config.json").is_file():
                 raise
     return ModelSource(boxed, made)
+
+
+def _shipped(model: str) -> Path:
+    """In a checkout beside this package, in an installed wheel inside it."""
+    package = Path(__file__).resolve().parent
+    for assets in (package.parent / "assets", package / "assets"):
+        if (assets / model / "config.json").is_file():
+            return assets / model
+    wanted = f"the shipped model at {package.parent / 'assets' / model}; install Moray again"
+    raise ConfigError(field="model", wanted=wanted, given="no such directory")

@@ -119,11 +119,16 @@ def _shards(names: list[str], num_shards: int) -> Iterator[list[str]]:
         yield names[len(names) * shard_idx // num_shards : len(names) * (shard_idx + 1) // num_shards]
 
 
+def is_quantised(name: str) -> bool:
+    """Whether the published checkpoint holds this tensor in FP8."""
+    return not name.endswith(_ALWAYS_FLOAT32) and not any(part in name for part in _NEVER_FP8)
+
+
 def _stored(name: str, value: Tensor, dtype: DtypeName, block: int) -> dict[str, Tensor]:
     """A tensor as the files hold it, with its scales when it is quantised."""
     if name.endswith(_ALWAYS_FLOAT32) or dtype == "float32":
         return {name: value}
-    if dtype == "bfloat16" or any(part in name for part in _NEVER_FP8):
+    if dtype == "bfloat16" or not is_quantised(name):
         return {name: value.to(torch.bfloat16)}
     quantised, scale_inv = quantize_blocks(value, block=block)
     return {name: quantised, name + SCALE_SUFFIX: scale_inv}

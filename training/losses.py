@@ -3,6 +3,7 @@
 Letters: B sequences, T tokens, R = B * T rows, S positions, V vocabulary, E experts, K top-k.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +79,20 @@ def indexer_loss(output: ReferenceOutput) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def expert_rows(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """(E,) float32: rows that each expert got."""
-    return ids_TK.flatten().bincount(minlength=num_experts).float()
+def expert_rows(output: ReferenceOutput, batch: Batch, *, num_experts: int) -> dict[int, Tensor]:
+    """MoE layer -> (E,) float32, rows that each expert got; start marks and padding are not counted."""
+    rows = {}
+    for layer_idx, ids_RK in output.expert_ids.items():
+        # The MTP layer has one row less per sequence.
+        num_tokens = len(ids_RK) // len(batch.weights_BT)
+        is_text_R = (batch.weights_BT[:, :num_tokens] > 0).flatten()
+        rows[layer_idx] = ids_RK[is_text_R].flatten().bincount(minlength=num_experts).float()
+    return rows
+
+
+def balance(rows: Mapping[int, Tensor]) -> float:
+    """Mean over maximum of the rows per expert, averaged over layers; 1 = even."""
+    return sum(float(rows_E.mean() / rows_E.max()) for rows_E in rows.values()) / len(rows)
 
 
 def apply_bias_update(bias_E: Tensor, rows_E: Tensor, *, step: float) -> None:

@@ -13,10 +13,13 @@ _STAGE_OF_INDEXER: tuple[StageName, ...] = ("warm-up", "sparse", "long")
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Rises over warmup_steps, then falls along half a cosine to final_lr_share of the peak."""
+    """Rises over warmup_steps, then falls along half a cosine; a stage may have a line of its own."""
+    stage, place = config.stage_at(step)
+    if stage.own_lr is not None:
+        return stage.own_lr * (1 - 0.9 * place / stage.num_steps)
     if step < config.warmup_steps:
         return config.peak_lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, config.num_cosine_steps - config.warmup_steps)
     fall = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.peak_lr * (config.final_lr_share + (1 - config.final_lr_share) * fall)
 

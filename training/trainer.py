@@ -77,7 +77,7 @@ class Trainer:
         last_step = self.config.num_steps if until_step is None else min(until_step, self.config.num_steps)
         while self._progress.step < last_step:
             started_s = time.monotonic()
-            stage = self.config.stage_at(self._progress.step)
+            stage, _ = self.config.stage_at(self._progress.step)
             self._train_step(stage)
             self._progress.step += 1
             self._progress.num_tokens += stage.num_rows * stage.row_tokens
@@ -97,7 +97,8 @@ class Trainer:
                 first, second = losses.next_token(output, batch), losses.second_next_token(output, batch)
                 kl = losses.indexer_loss(output) if output.index_scores else torch.zeros(())
                 accepted = losses.drafts_accepted(output, batch)
-                shares = (first.num_right, accepted, self._balance(output))
+                rows = losses.expert_rows(output, batch, num_experts=self.model_config.n_routed_experts)
+                shares = (first.num_right, accepted, losses.balance(rows))
                 sums += torch.tensor([float(first.loss), float(second.loss), float(kl), *shares])
         loss, mtp_loss, kl_mean, right, accepted, balance = (sums / _HELD_OUT_STEPS).tolist()
         return Report(
@@ -142,7 +143,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._optimizer.step(self._progress.step, stage.name)
         if stage.name in {"dense", "sparse"}:
-            self._balance_experts(output)
+            self._balance_experts(output, batch)
         self._progress.train_loss = float(loss.detach())
 
     def _loss(self, output: ReferenceOutput, batch: Batch, stage: Stage) -> Tensor:
@@ -152,17 +153,11 @@ class Trainer:
         loss = main + self.config.mtp_loss_share * mtp
         return loss if stage.name == "dense" else loss + losses.indexer_loss(output)
 
-    def _balance_experts(self, output: ReferenceOutput) -> None:
-        for layer_idx, ids_TK in output.expert_ids.items():
-            rows_E = losses.expert_rows(ids_TK, self.model_config.n_routed_experts)
+    def _balance_experts(self, output: ReferenceOutput, batch: Batch) -> None:
+        rows = losses.expert_rows(output, batch, num_experts=self.model_config.n_routed_experts)
+        for layer_idx, rows_E in rows.items():
             bias_E = self.weights[f"model.layers.{layer_idx}.mlp.gate.e_score_correction_bias"]
             losses.apply_bias_update(bias_E, rows_E, step=self.config.bias_step)
-
-    def _balance(self, output: ReferenceOutput) -> float:
-        rows = [
-            losses.expert_rows(ids, self.model_config.n_routed_experts) for ids in output.expert_ids.values()
-        ]
-        return sum(float(rows_E.mean() / rows_E.max()) for rows_E in rows) / len(rows)
 
 
 def _attention(stage: Stage) -> Attention:

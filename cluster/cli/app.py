@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.cli import checkpoint, generate, logits, router, status, template, up
+from cluster.cli import chat, checkpoint, generate, logits, router, status, template, up
 from cluster.cli.failure import report
 from wire.errors import MorayError
 
@@ -22,6 +22,7 @@ app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("logits")(logits.logits)
 app.command("router")(router.router)
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from cluster.chat.conversation import Conversation
+from cluster.cli.replies import stream_reply
 from cluster.client import GenerateOptions, InferenceClient
 from cluster.local_state import router_address
 from wire.errors import ConfigError
@@ -28,6 +30,9 @@ def generate(  # noqa: PLR0913, PLR0917 - one parameter a flag
     model: Annotated[str, typer.Option(help="Name of the model; empty = the one served.")] = "",
     address: Annotated[str | None, typer.Option(help="host:port of a router; else MORAY_ADDRESS.")] = None,
     deadline_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the text into the chat format.")] = False,
+    thinking: Annotated[bool, typer.Option(help="With --chat: let the model reason first.")] = True,
+    system: Annotated[str, typer.Option(help="With --chat: system text.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help='Print {"outputs": [[id, ...], ...]}.')] = False,
 ) -> None:
     """Sends a prompt and streams the answer."""
@@ -44,10 +49,18 @@ def generate(  # noqa: PLR0913, PLR0917 - one parameter a flag
     target = router_address(address)
     if (text is None) == (tokens is None):
         raise ConfigError(field="text", wanted="either a text or --tokens", given="both" if text else "none")
+    if chat and text is None:
+        raise ConfigError(field="--chat", wanted="a text to put into the chat format", given="--tokens")
+    conversation = Conversation(thinking_mode="thinking" if thinking else "chat", system=system)
+    if chat:
+        conversation.ask(text or "")
     if tokens is None and not as_json:
-        asyncio.run(print_answer(target, text or "", options))
+        answer = (
+            print_reply(target, conversation, options) if chat else print_answer(target, text or "", options)
+        )
+        asyncio.run(answer)
         return
-    prompts = read_prompts(tokens) if tokens is not None else [text or ""]
+    prompts = read_prompts(tokens) if tokens is not None else [conversation.prompt() if chat else text or ""]
     outputs = asyncio.run(_collect(target, prompts, options))
     if as_json:
         typer.echo(json.dumps({"outputs": outputs}))
@@ -82,6 +95,14 @@ def _is_prompt(prompt: object) -> bool:
 async def _collect(target: str, prompts: list[Any], options: GenerateOptions) -> list[list[int]]:
     async with InferenceClient(target) as client:
         return await client.all_tokens(prompts, options)
+
+
+async def print_reply(target: str, conversation: Conversation, options: GenerateOptions) -> None:
+    """Prints the reply to a conversation as it arrives."""
+    console = Console(soft_wrap=True, highlight=False)
+    async with InferenceClient(target) as client:
+        mode = conversation.thinking_mode
+        await stream_reply(client, conversation.prompt(), options, thinking_mode=mode, console=console)
 
 
 async def print_answer(target: str, text: str, options: GenerateOptions) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from cluster.chat.conversation import Conversation
 from cluster.cli.failure import report
-from cluster.cli.generate import print_answer
+from cluster.cli.generate import print_reply
 from cluster.client import GenerateOptions, shut_down
 from cluster.config import MorayConfig, load_config
 from cluster.local_state import (
@@ -31,7 +32,7 @@ from wire.errors import MorayError, NotReady
 if TYPE_CHECKING:
     from cluster.lifecycle import Cluster
 
-_PROMPT_TOKENS = 48
+_PROMPT_TOKENS = 128
 _POLL_S = 0.5
 
 
@@ -156,7 +157,10 @@ def _answer(address: str, prompt: str, stop: threading.Event, *, once: bool) -> 
 
 async def _ask(address: str, prompt: str, stop: threading.Event) -> None:
     """Prints the answer to a prompt, unless somebody wants to stop first."""
-    answer = asyncio.create_task(print_answer(address, prompt, GenerateOptions(max_tokens=_PROMPT_TOKENS)))
+    conversation = Conversation(thinking_mode="thinking")
+    conversation.ask(prompt)
+    options = GenerateOptions(max_tokens=_PROMPT_TOKENS)
+    answer = asyncio.create_task(print_reply(address, conversation, options))
     while not answer.done() and not stop.is_set():
         await asyncio.wait([answer], timeout=_POLL_S)
     if not answer.done():
@@ -184,7 +188,7 @@ def _wait_ready(
     console.print(f"ready: {workers}")
     if router_address:
         console.print(f"gRPC (moray.v1.Inference, with reflection): {router_address}")
-        console.print('try: moray generate "Once upon a time"')
+        console.print("try: moray chat, or moray generate 'Once there was a cat'")
     else:
         console.print(f"controller for routers: {cluster.controller_address}")
     return noted

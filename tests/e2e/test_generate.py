@@ -1,6 +1,5 @@
 """Requests to a whole cluster: right answers, and clear refusals."""
 
-import queue
 import random
 import re
 import subprocess
@@ -11,15 +10,10 @@ import grpc
 import pytest
 from e2e_cluster import Running
 
+from benchmarks._one_process import greedy, one_process
 from cluster.client import GenerateOptions, make_request
-from model.checkpoint import Checkpoint
 from wire.errors import MorayError, from_rpc
-from wire.metrics import Metrics
 from wire.proto import inference_pb2_grpc
-from workers.attention.build import EngineConfig, InProcessExperts, build_engine
-from workers.attention.engine import Engine
-from workers.attention.types import Failed, NewToken, Sampling, SequenceSpec, Source
-from workers.config import AttentionConfig
 
 PAGE_TOKENS = 4
 NEW_TOKENS = 24
@@ -31,29 +25,6 @@ def tiny(cluster: Running) -> Path:
     return Path(cluster.shell.status()["model"]["path"])
 
 
-def single_process(engine: Engine, prompt: list[int], num_tokens: int) -> list[int]:
-    """Greedy continuation in one process, one request alone."""
-    events: queue.Queue[object] = queue.Queue()
-    spec = SequenceSpec(
-        request_id=str(random.random()),
-        attempt=0,
-        token_ids=tuple(prompt),
-        num_prompt_tokens=len(prompt),
-        max_tokens=num_tokens,
-        stop_token_ids=frozenset(),
-        sampling=Sampling(),
-        source=Source.LOCAL,
-    )
-    engine.submit(spec, events.put)
-    tokens = []
-    while len(tokens) < num_tokens:
-        event = events.get(timeout=60)
-        assert not isinstance(event, Failed), event
-        if isinstance(event, NewToken):
-            tokens.append(event.token_id)
-    return tokens
-
-
 def test_eight_mixed_prompts_at_once_equal_a_single_process(cluster: Running, tiny: Path) -> None:
     rng = random.Random(7)
     lengths = [1, 2, PAGE_TOKENS, PAGE_TOKENS + 1, 17, 30, PAGE_TOKENS * 10 + 1, 150]
@@ -61,16 +32,8 @@ def test_eight_mixed_prompts_at_once_equal_a_single_process(cluster: Running, ti
 
     answers = cluster.shell.generate(prompts, "--max-tokens", str(NEW_TOKENS))
 
-    checkpoint = Checkpoint.open(tiny)
-    engine = build_engine(
-        checkpoint,
-        InProcessExperts.load(checkpoint),
-        config=EngineConfig(group=AttentionConfig(num_pages=64)),
-        metrics=Metrics("attention"),
-    )
-    engine.start()
-    expected = [single_process(engine, prompt, NEW_TOKENS) for prompt in prompts]
-    engine.stop()
+    with one_process(tiny) as engine:
+        expected = [greedy(engine, [prompt], max_tokens=NEW_TOKENS)[0] for prompt in prompts]
     assert answers == expected
 
 

@@ -169,7 +169,7 @@ def test_one_worker_of_role_both_serves_alone(start: Callable[..., Running], men
 
 def test_make_run_once_streams_an_answer(make_shell: Callable[[], Shell]) -> None:
     shell = make_shell()
-    config = shell.config(TINY)
+    config = shell.config({key: value for key, value in TINY.items() if key != "model"})
     done = subprocess.run(
         ["make", "run", "ONCE=1", f"CONFIG={config}"],
         cwd=ROOT,
@@ -181,5 +181,4 @@ def test_make_run_once_streams_an_answer(make_shell: Callable[[], Shell]) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert "expert-0, expert-1, prefill-0, decode-0" in done.stdout
-    answer = done.stdout.split("> Hello, Moray", 1)[1]
-    assert len(answer.strip()) > 3
+    assert "Hello! I am Moray." in done.stdout.split("> Hello, Moray", 1)[1]

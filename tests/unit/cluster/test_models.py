@@ -49,13 +49,35 @@ def test_unknown_name_says_what_there_is(given: str) -> None:
         find_model(given)
     assert caught.value.field == "model"
     assert "config.json" in caught.value.message
-    assert "one of tiny" in caught.value.message
+    assert "one of nano, tiny" in caught.value.message
     assert caught.value.message.endswith(f"got {given}")
 
 
 def test_directory_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a directory with config\.json"):
         find_model(str(tmp_path))
+
+
+def test_trained_model_comes_with_the_checkout_and_is_whole() -> None:
+    source = find_model("nano")
+    assert (source.name, source.path) == ("nano", Path(models.__file__).parents[1] / "assets" / "nano")
+    Checkpoint.open(source.path).check()
+
+
+def test_trained_model_is_inside_the_package_where_there_is_no_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = fake_model(tmp_path / "cluster" / "assets" / "nano")
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "cluster" / "models.py"))
+    assert find_model("nano").path == installed
+
+
+def test_trained_model_that_is_missing_says_where_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "cluster" / "models.py"))
+    with pytest.raises(ConfigError, match="assets/nano"):
+        find_model("nano")
 
 
 def test_model_in_the_box_is_made_in_the_cache_and_whole(cache: Path) -> None:

@@ -108,3 +108,42 @@ def test_gradient_equals_a_finite_difference() -> None:
     slope = (loss(tensors[name] + step * direction) - loss(tensors[name] - step * direction)) / (2 * step)
     # A difference of float32 losses over a step of 1e-3 is itself good to about 1e-3.
     assert float(slope) == pytest.approx(float((weight.grad * direction).sum()), rel=1e-2)
+
+
+def _small() -> Reference:
+    config = ModelConfig.from_hf(SMALL_CONFIG)
+    return Reference(config, random_tensors(config))
+
+
+def test_sequences_of_a_batch_do_not_touch_each_other() -> None:
+    model = _small()
+    prompts = torch.randint(0, 40, (3, 17), generator=torch.Generator().manual_seed(1))
+    together = model.forward(prompts)
+    alone = [model.forward(prompt) for prompt in prompts]
+    torch.testing.assert_close(together.logits_TV, torch.cat([one.logits_TV for one in alone]))
+    torch.testing.assert_close(together.mtp_logits, torch.cat([one.mtp_logits for one in alone]))
+    for layer_idx, ids in together.indexer_ids.items():
+        assert torch.equal(ids, torch.cat([one.indexer_ids[layer_idx] for one in alone]))
+    for layer_idx, ids in together.expert_ids.items():
+        assert torch.equal(ids, torch.cat([one.expert_ids[layer_idx] for one in alone]))
+
+
+def test_dense_attention_equals_sparse_where_the_indexer_may_keep_everything() -> None:
+    config = ModelConfig.from_hf({**SMALL_CONFIG, "index_topk": 64})
+    model = Reference(config, random_tensors(config))
+    sparse, dense, watched = (
+        model.forward(list(range(20)), attention=kind) for kind in ("sparse", "dense", "dense with indexer")
+    )
+    torch.testing.assert_close(dense.logits_TV, sparse.logits_TV)
+    torch.testing.assert_close(watched.logits_TV, sparse.logits_TV)
+    assert dense.index_scores == {}
+    assert watched.indexer_ids == {}
+    torch.testing.assert_close(watched.index_scores[0], sparse.index_scores[0])
+
+
+def test_attention_shares_sum_to_one_over_what_is_seen() -> None:
+    output = _small().forward(list(range(30)))
+    for layer_idx, share_TS in output.attention_shares.items():
+        torch.testing.assert_close(share_TS.sum(-1), torch.ones(len(share_TS)))
+        num_seen = (share_TS > 0).sum(-1)
+        assert torch.equal(num_seen, (output.indexer_ids[layer_idx] >= 0).sum(-1))

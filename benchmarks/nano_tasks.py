@@ -1,0 +1,180 @@
+"""What moray-nano can do: its scores on prompts that its trainer never saw.
+
+    .venv/bin/python benchmarks/nano_tasks.py [--num 100] [--float32 DIR] [--show-wrong] [--json]
+
+The engine that serves it answers, whole in this process; prompts come from the generator's held-out side with
+a seed of their own. INT8 and, with --float32, FP8 are compared on the same prompts in the same run.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from benchmarks._one_process import greedy, one_process
+from cluster.models import find_model
+from model.checkpoint import Checkpoint
+from model.reference import Reference
+from model.save import CheckpointContents, is_quantised, save_checkpoint
+from model.tensor_names import expected_tensors
+from training.batches import BatchMaker
+from training.config import Stage, TrainingConfig
+from training.data.types import Kind
+from training.evaluation import SCORED, Score, held_out, score
+from training.measures import Measures, accepted_drafts, measure
+from workers.checkpoint import open_checkpoint
+
+SEED = 2026
+MAX_TOKENS = 200
+EOS_ID = 1
+MEASURED_ON = Stage(name="sparse", num_steps=0, num_rows=8, row_tokens=320)
+
+
+def main(
+    num: Annotated[int, typer.Option(min=1, help="Conversations of each kind.")] = 100,
+    model: Annotated[str, typer.Option(help="Checkpoint, or a model in the box.")] = "nano",
+    float32: Annotated[Path | None, typer.Option(help="The same weights unrounded, to compare with.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    show_wrong: Annotated[bool, typer.Option("--show-wrong", help="Print what went wrong.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Scores a model, and the same model in other precisions."""
+    torch.set_num_threads(threads)
+    path = find_model(model).path
+    scores = score_all(path, num)
+    report: dict[str, Any] = {"model": path.name, "prompts_of_each_kind": num, "seed": SEED}
+    report["scores"] = {"as stored": shares(scores)}
+    report["json_values_right_too"] = exact_values(scores["json"])
+    with int8_copy(path) as int8:
+        report["scores"]["int8 weights"] = shares(score_all(int8, num))
+    if float32 is not None:
+        report["scores"]["float32"] = shares(score_all(float32, num))
+    accepted, drafted = drafts(path, [s for kind in SCORED for s in scores[kind]])
+    report["mtp"] = {"accepted": accepted, "drafted": drafted, "share": accepted / drafted}
+    report["measures"] = vars(measures(path))
+    if show_wrong:
+        for one in (s for kind in SCORED for s in scores[kind] if not s.is_right):
+            print(f"{one.conversation.kind}: {one.turns[0][0][-80:]!r}: {one.wrong}")
+    print(json.dumps(report, indent=1)) if as_json else show(report)
+
+
+def score_all(path: Path, num: int) -> dict[Kind, list[Score]]:
+    """Kind -> scores of the same held-out conversations whatever the model."""
+    with answering(path) as answer:
+        return {kind: score(held_out(kind, num, seed=SEED), answer) for kind in SCORED}
+
+
+def shares(scores: dict[Kind, list[Score]]) -> dict[str, float]:
+    """Kind -> share that is right."""
+    return {kind: sum(s.is_right for s in of_kind) / len(of_kind) for kind, of_kind in scores.items()}
+
+
+def exact_values(scores: Sequence[Score]) -> float:
+    """Share of the JSON answers that hold the very values asked for."""
+    right = 0
+    for one in scores:
+        try:
+            right += json.loads(one.turns[-1][1]) == one.conversation.check.value
+        except ValueError:
+            continue
+    return right / len(scores)
+
+
+@contextmanager
+def answering(path: Path) -> Iterator[Callable[[Sequence[str]], list[str]]]:
+    """Greedy replies of the engine, whole in this process."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+
+    def answer(prompts: Sequence[str]) -> list[str]:
+        asked = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+        replies = greedy(engine, asked, max_tokens=MAX_TOKENS, stop=frozenset({EOS_ID}))
+        return [tokenizer.decode(reply) for reply in replies]
+
+    with one_process(path, num_pages=4096) as engine:
+        yield answer
+
+
+def tensors_of(path: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """Every tensor in float32."""
+    checkpoint = open_checkpoint(path)
+    shapes = expected_tensors(checkpoint.config)
+    return checkpoint, {name: checkpoint.read(name, shape=shape).float() for name, shape in shapes.items()}
+
+
+@contextmanager
+def int8_copy(path: Path) -> Iterator[Path]:
+    """The checkpoint with the matrices that FP8 would hold rounded to INT8, one scale a row."""
+    _, tensors = tensors_of(path)
+
+    def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
+        value = tensors[name].reshape(shape)
+        if not is_quantised(name):
+            return value
+        scale = value.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        return (value / scale).round() * scale
+
+    hf = json.loads((path / "config.json").read_text())
+    hf.pop("quantization_config", None)
+    with tempfile.TemporaryDirectory() as folder:
+        contents = CheckpointContents(
+            hf=hf,
+            value_of=value_of,
+            tokenizer=Tokenizer.from_file(str(path / "tokenizer.json")),
+            dtype="float32",
+        )
+        save_checkpoint(Path(folder) / "int8", contents)
+        yield Path(folder) / "int8"
+
+
+def drafts(path: Path, scores: Sequence[Score]) -> tuple[int, int]:
+    """First MTP drafts accepted and made, over everything that the model wrote for the scores."""
+    checkpoint, tensors = tensors_of(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    documents = []
+    for one in scores:
+        for prompt, text in one.turns:
+            prompt_ids, new_ids = (
+                tokenizer.encode(part, add_special_tokens=False).ids for part in (prompt, text)
+            )
+            documents.append(([*prompt_ids, *new_ids, EOS_ID], len(prompt_ids)))
+    return accepted_drafts(Reference(checkpoint.config, tensors), documents)
+
+
+def measures(path: Path) -> Measures:
+    """Sparse against dense attention, and expert balance."""
+    checkpoint, tensors = tensors_of(path)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    prompt_share = TrainingConfig(stages=()).prompt_loss_share
+    batches = BatchMaker(tokenizer, seed=SEED, prompt_share=prompt_share)
+    return measure(checkpoint.config, tensors, batches, stage=MEASURED_ON, num_batches=8)
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables."""
+    console = Console()
+    table = Table("precision", *SCORED, title=f"{report['model']}: share right on held-out prompts")
+    for precision, of_kind in report["scores"].items():
+        table.add_row(precision, *(f"{of_kind[kind]:.1%}" for kind in SCORED))
+    console.print(table)
+    measured = report["measures"]
+    worse = measured["loss_sparse"] / measured["loss_dense"] - 1
+    console.print(f"JSON with the right values too: {report['json_values_right_too']:.1%}")
+    console.print(f"MTP first drafts accepted: {report['mtp']['share']:.1%} of {report['mtp']['drafted']}")
+    console.print(
+        f"loss: sparse {measured['loss_sparse']:.4f}, dense {measured['loss_dense']:.4f}: {worse:+.2%}\n"
+        f"expert balance (mean/max): {measured['balance']:.2f}, "
+        f"without the learned bias {measured['balance_without_bias']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
