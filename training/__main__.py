@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from training.data.generator import items
-from training.data.types import document_text
 
 from model.config import ModelConfig
 from model.sizes import hf_config
 from training.config import shipped_run, smoke_run
+from training.data.generator import items
+from training.data.types import document_text
 from training.export import export_checkpoint
 from training.plots import plot_run
 from training.tokenizer import train_tokenizer
