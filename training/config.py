@@ -79,6 +79,8 @@ def shipped_run() -> TrainingConfig:
             Stage(name="long", num_steps=25, num_rows=2, row_tokens=2048, own_lr=1e-3),
             Stage(name="sparse", num_steps=95, num_rows=4, row_tokens=1024, own_lr=2e-3),
             Stage(name="sparse", num_steps=35, num_rows=16, row_tokens=320, own_lr=5e-4),
+            Stage(name="sparse", num_steps=60, num_rows=4, row_tokens=1024, own_lr=2e-3),
+            Stage(name="sparse", num_steps=120, num_rows=16, row_tokens=320, own_lr=1.5e-3),
         )
     )
 

@@ -29,7 +29,7 @@ def test_tool_is_called_and_its_result_is_in_the_answer(nano: Running) -> None:
     assert done.returncode == 0, done.stderr
     found = weather("Paris")
     assert '→ weather {"city": "Paris"}' in done.stdout
-    assert f"It is {found['temp_c']} degrees with {found['sky']} in " in done.stdout
+    assert f"It is {found['temp_c']} degrees with {found['sky']} in Paris." in done.stdout
 
 
 def test_cluster_says_what_one_process_says(nano: Running) -> None:

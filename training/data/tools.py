@@ -1,9 +1,9 @@
 """Three tools, their answers, and questions that need one of them."""
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -44,42 +44,37 @@ _LOOKUP_PHRASES = (
 )
 
 
-def tool_result(name: str, arguments: Mapping[str, str]) -> str:
-    """What a tool answers; made up from its arguments, the same for the same ones."""
+def draw_result(name: str, arguments: Mapping[str, str], rng: random.Random) -> str:
+    """What a tool answers: a calculator's value; weather and people are drawn anew each time.
+
+    The same city has other weather in the next conversation: an answer can only come from the result.
+    """
     if name == "calculator":
         return str(evaluate(arguments["expression"]))
     if name == "weather":
-        digest = _digest("weather", arguments["city"])
-        sky = SKIES[digest[1] % len(SKIES)]
-        return json.dumps({"city": arguments["city"], "temp_c": digest[0] % 36, "sky": sky})
-    digest = _digest("lookup", arguments["name"])
+        found = {"city": arguments["city"], "temp_c": rng.randint(0, 35), "sky": rng.choice(SKIES)}
+        return json.dumps(found)
     person = {
-        "phone": f"555-{1000 + int.from_bytes(digest[:2], 'big') % 9000}",
-        "age": 18 + digest[2] % 70,
-        "city": CITIES[digest[3] % len(CITIES)],
-        "job": JOBS[digest[4] % len(JOBS)],
+        "phone": f"555-{rng.randint(1000, 9999)}",
+        "age": rng.randint(18, 87),
+        "city": rng.choice(CITIES),
+        "job": rng.choice(JOBS),
     }
     return json.dumps({arguments["field"]: person[arguments["field"]]})
 
 
-def _digest(*parts: str) -> bytes:
-    return hashlib.blake2b("|".join(parts).encode(), digest_size=8).digest()
-
-
+@dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question that one call answers: its words, its call, what is thought and said."""
+    """A question that one call answers."""
 
-    def __init__(self, text: str, name: str, arguments: Mapping[str, str], need: str) -> None:
-        self.text = text
-        self.name = name
-        self.arguments = arguments
-        self.need = need
-        """What is thought before the call."""
-
-    @property
-    def result(self) -> str:
-        """What the tool answers."""
-        return tool_result(self.name, self.arguments)
+    text: str
+    name: str
+    """Of the tool."""
+    arguments: Mapping[str, str]
+    need: str
+    """What is thought before the call."""
+    result: str
+    """What the tool answers."""
 
     @property
     def answer(self) -> str:
@@ -93,14 +88,19 @@ class Question:
         return f"The {field} of {self.arguments['name']} is {found[field]}."
 
 
+def _ask(rng: random.Random, text: str, name: str, arguments: Mapping[str, str], need: str) -> Question:
+    result = draw_result(name, arguments, rng)
+    return Question(text=text, name=name, arguments=arguments, need=need, result=result)
+
+
 def calculator_question(rng: random.Random) -> Question:
     """An expression too large for the head."""
     operator = rng.choice("+-*")
     a, b = rng.randint(100, 9999), rng.randint(10, 9999)
     expression = f"{a} {operator} {b}"
     text = rng.choice(_CALCULATOR_PHRASES).format(expression)
-    return Question(
-        text, "calculator", {"expression": expression}, f"I compute {expression} with the calculator."
+    return _ask(
+        rng, text, "calculator", {"expression": expression}, f"I compute {expression} with the calculator."
     )
 
 
@@ -108,7 +108,7 @@ def weather_question(rng: random.Random, city: str | None = None) -> Question:
     """The weather in a city."""
     city = city or rng.choice(CITIES)
     text = rng.choice(_WEATHER_PHRASES).format(city)
-    return Question(text, "weather", {"city": city}, f"I need the weather in {city}.")
+    return _ask(rng, text, "weather", {"city": city}, f"I need the weather in {city}.")
 
 
 def lookup_question(rng: random.Random, field: str | None = None) -> Question:
@@ -116,7 +116,7 @@ def lookup_question(rng: random.Random, field: str | None = None) -> Question:
     field = field or rng.choice(FIELDS)
     name = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
     text = rng.choice(_LOOKUP_PHRASES).format(field=field, name=name)
-    return Question(text, "lookup", {"name": name, "field": field}, f"I look up the {field} of {name}.")
+    return _ask(rng, text, "lookup", {"name": name, "field": field}, f"I look up the {field} of {name}.")
 
 
 def any_question(rng: random.Random) -> Question:

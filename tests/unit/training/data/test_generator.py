@@ -88,6 +88,18 @@ def test_arguments_stand_in_what_was_said_and_the_answer_holds_the_result(kind):
         assert conversation.check.answer in answer
 
 
+def test_results_are_drawn_anew_so_that_no_answer_can_be_known_by_heart():
+    """With one result a question, a model learns results and not to read them."""
+    weathers: dict[str, set[str]] = {}
+    for conversation in conversations("tool") + conversations("tool_loop"):
+        for message in conversation.messages:
+            if message["role"] == "tool" and "temp_c" in message["content"]:
+                found = json.loads(message["content"])
+                weathers.setdefault(found["city"], set()).add(message["content"])
+    often = [len(results) for results in weathers.values()]
+    assert sum(often) / len(often) > 3
+
+
 def test_needed_tools_are_on_offer():
     for conversation in conversations("tool_loop"):
         offered = {tool["function"]["name"] for tool in conversation.messages[0]["tools"]}
