@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from benchmarks._one_process import greedy, one_process
 from cluster.models import find_model
-from model.checkpoint import Checkpoint
+from model.config import ModelConfig
 from model.reference import Reference
 from model.save import CheckpointContents, is_quantised, save_checkpoint
 from model.tensor_names import expected_tensors
@@ -50,17 +51,18 @@ def main(
     """Scores a model, and the same model in other precisions."""
     torch.set_num_threads(threads)
     path = find_model(model).path
+    loaded = load(path)
     scores = score_all(path, num)
     report: dict[str, Any] = {"model": path.name, "prompts_of_each_kind": num, "seed": SEED}
     report["scores"] = {"as stored": shares(scores)}
     report["json_values_right_too"] = exact_values(scores["json"])
-    with int8_copy(path) as int8:
+    with int8_copy(loaded) as int8:
         report["scores"]["int8 weights"] = shares(score_all(int8, num))
     if float32 is not None:
         report["scores"]["float32"] = shares(score_all(float32, num))
-    accepted, drafted = drafts(path, [s for kind in SCORED for s in scores[kind]])
+    accepted, drafted = drafts(loaded, [s for kind in SCORED for s in scores[kind]])
     report["mtp"] = {"accepted": accepted, "drafted": drafted, "share": accepted / drafted}
-    report["measures"] = vars(measures(path))
+    report["measures"] = vars(measures(loaded))
     if show_wrong:
         for one in (s for kind in SCORED for s in scores[kind] if not s.is_right):
             print(f"{one.conversation.kind}: {one.turns[0][0][-80:]!r}: {one.wrong}")
@@ -103,59 +105,69 @@ def answering(path: Path) -> Iterator[Callable[[Sequence[str]], list[str]]]:
         yield answer
 
 
-def tensors_of(path: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
-    """Every tensor in float32."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, read once for everything but the engine."""
+
+    hf: dict[str, Any]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """By HF name, float32."""
+    tokenizer: Tokenizer
+
+
+def load(path: Path) -> Loaded:
+    """Every tensor of a checkpoint."""
     checkpoint = open_checkpoint(path)
     shapes = expected_tensors(checkpoint.config)
-    return checkpoint, {name: checkpoint.read(name, shape=shape).float() for name, shape in shapes.items()}
+    return Loaded(
+        hf=json.loads((path / "config.json").read_text()),
+        config=checkpoint.config,
+        tensors={name: checkpoint.read(name, shape=shape).float() for name, shape in shapes.items()},
+        tokenizer=Tokenizer.from_file(str(path / "tokenizer.json")),
+    )
 
 
 @contextmanager
-def int8_copy(path: Path) -> Iterator[Path]:
+def int8_copy(loaded: Loaded) -> Iterator[Path]:
     """The checkpoint with the matrices that FP8 would hold rounded to INT8, one scale a row."""
-    _, tensors = tensors_of(path)
 
     def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
-        value = tensors[name].reshape(shape)
+        value = loaded.tensors[name].reshape(shape)
         if not is_quantised(name):
             return value
         scale = value.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
         return (value / scale).round() * scale
 
-    hf = json.loads((path / "config.json").read_text())
-    hf.pop("quantization_config", None)
+    hf = {key: value for key, value in loaded.hf.items() if key != "quantization_config"}
     with tempfile.TemporaryDirectory() as folder:
         contents = CheckpointContents(
             hf=hf,
             value_of=value_of,
-            tokenizer=Tokenizer.from_file(str(path / "tokenizer.json")),
+            tokenizer=loaded.tokenizer,
             dtype="float32",
         )
         save_checkpoint(Path(folder) / "int8", contents)
         yield Path(folder) / "int8"
 
 
-def drafts(path: Path, scores: Sequence[Score]) -> tuple[int, int]:
+def drafts(loaded: Loaded, scores: Sequence[Score]) -> tuple[int, int]:
     """First MTP drafts accepted and made, over everything that the model wrote for the scores."""
-    checkpoint, tensors = tensors_of(path)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     documents = []
     for one in scores:
         for prompt, text in one.turns:
             prompt_ids, new_ids = (
-                tokenizer.encode(part, add_special_tokens=False).ids for part in (prompt, text)
+                loaded.tokenizer.encode(part, add_special_tokens=False).ids for part in (prompt, text)
             )
             documents.append(([*prompt_ids, *new_ids, EOS_ID], len(prompt_ids)))
-    return accepted_drafts(Reference(checkpoint.config, tensors), documents)
+    return accepted_drafts(Reference(loaded.config, loaded.tensors), documents)
 
 
-def measures(path: Path) -> Measures:
+def measures(loaded: Loaded) -> Measures:
     """Sparse against dense attention, and expert balance."""
-    checkpoint, tensors = tensors_of(path)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     prompt_share = TrainingConfig(stages=()).prompt_loss_share
-    batches = BatchMaker(tokenizer, seed=SEED, prompt_share=prompt_share)
-    return measure(checkpoint.config, tensors, batches, stage=MEASURED_ON, num_batches=8)
+    batches = BatchMaker(loaded.tokenizer, seed=SEED, prompt_share=prompt_share)
+    return measure(loaded.config, loaded.tensors, batches, stage=MEASURED_ON, num_batches=8)
 
 
 def show(report: dict[str, Any]) -> None:

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.byte_tokenizer import BOS, EOS, PAD
+from router.front.chat.markup import THINK_CLOSE, THINK_OPEN, USER
 from training.config import Stage
 from training.data.generator import items
 from training.data.types import document_text
 
-_USER = "<｜User｜>"
-_OPENS = ("<think>", "</think>")
+_OPENS = (THINK_OPEN, THINK_CLOSE)
 """After one of these the model writes."""
 _POOL_DOCUMENTS = 24
 """Documents to choose from when a row is filled: the longest that fits goes in."""
@@ -47,12 +47,12 @@ class BatchMaker:
     """Makes the batch of any step, of the training side or the held-out side, from nothing but the seed."""
 
     def __init__(self, tokenizer: Tokenizer, *, seed: int, prompt_share: float) -> None:
-        ids = {text: _token_id(tokenizer, text) for text in (BOS, EOS, PAD, _USER, *_OPENS)}
+        ids = {text: _token_id(tokenizer, text) for text in (BOS, EOS, PAD, USER, *_OPENS)}
         self._markup = _Markup(
             bos=ids[BOS],
             eos=ids[EOS],
             pad=ids[PAD],
-            user=ids[_USER],
+            user=ids[USER],
             opens=frozenset(ids[text] for text in _OPENS),
         )
         self._tokenizer = tokenizer
