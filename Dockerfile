@@ -20,12 +20,17 @@ RUN python3 -c "import ensurepip, venv" 2>/dev/null \
          && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
             python3 python3-venv ca-certificates \
          && rm -rf /var/lib/apt/lists/*; }
+# The native kernels are compiled here; the final image needs no compiler, only OpenMP's library.
+RUN command -v g++ > /dev/null \
+    || { apt-get update \
+         && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
+         && rm -rf /var/lib/apt/lists/*; }
 RUN python3 -m venv /opt/venv
 WORKDIR /src
 # torch, by far the largest and the slowest to change, is a layer of its own.
 COPY constraints.txt ./
 RUN /opt/venv/bin/pip install -c constraints.txt "$(grep '^torch==' constraints.txt)"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY router router
 COPY workers workers
 COPY model model
@@ -39,6 +44,10 @@ RUN { python3 -c "import venv" 2>/dev/null && command -v bash > /dev/null; } \
     || { apt-get update \
          && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
             python3 python3-venv bash ca-certificates \
+         && rm -rf /var/lib/apt/lists/*; }
+RUN ldconfig -p | grep -q libgomp.so.1 \
+    || { apt-get update \
+         && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends libgomp1 \
          && rm -rf /var/lib/apt/lists/*; }
 COPY --from=build /opt/venv /opt/venv
 # KubeRay may start Ray in a login shell, which forgets PATH; /usr/local/bin is on every shell's path.

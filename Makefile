@@ -11,6 +11,8 @@ PROTOS := $(sort $(wildcard wire/proto/*.proto))
 # The quick ones first.
 TESTS := tests/unit $(filter-out tests/unit tests/data tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/))))
 BENCHMARKS := $(sort $(wildcard benchmarks/[a-z]*.py))
+# What the native kernels are compiled from, while Moray is installed.
+KERNELS := hatch_build.py model/kernels/native/build.py $(wildcard model/kernels/native/src/*)
 # Where `make proto` writes; a test gives it another folder and compares.
 PROTO_OUT = .
 
@@ -44,10 +46,10 @@ help: ## List the targets.
 run: $(VENV)/.installed-run ## Start a cluster here and ask it PROMPT; ONCE=1 stops after the answer; MODEL=DIR serves another checkpoint, CONFIG=FILE sets the rest.
 	@exec $(BIN)/moray up $(if $(filter-out 0,$(ONCE)),--once) $(if $(CONFIG),--config "$$CONFIG_OF_RUN") $(if $(MODEL),--model "$$MODEL_OF_RUN") --prompt "$$PROMPT_OF_RUN"
 
-test: $(VENV)/.installed-dev system static ## Everything except the slow tests: format, lint, types, import rules, then all tests.
+test: system $(VENV)/.installed-dev static ## Everything except the slow tests: format, lint, types, import rules, then all tests.
 	$(BIN)/pytest -m "not slow" $(TESTS)
 
-soak: $(VENV)/.installed-dev system ## The slow tests: the full form of the long ones.
+soak: system $(VENV)/.installed-dev ## The slow tests: the full form of the long ones.
 	@$(BIN)/pytest -m slow tests; status=$$?; \
 	if [ $$status -eq 5 ]; then echo "no test is marked slow yet: nothing ran"; exit 0; fi; exit $$status
 
@@ -89,12 +91,14 @@ constraints: $(VENV)/.installed-dev ## Rewrite constraints.txt from what .venv h
 	    | sed -E -e '/^#|^-| @ /d' -e 's/^(torch==[^+]+)\+.*/\1/' | LC_ALL=C sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
 
-# Debian packages that the integration tests start: a real Prometheus, and `ip` for networks of their own.
+# Debian packages: what the integration tests start (a real Prometheus, and `ip` for networks of their own), and
+# the compiler of the native kernels.
 # Without root or apt-get nothing is installed and the tests that need one of them say so.
 system:
 	@missing=""; \
 	command -v prometheus >/dev/null || missing="$$missing prometheus"; \
 	command -v ip >/dev/null || [ -x /sbin/ip ] || missing="$$missing iproute2"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 	    echo "not installed (needs root and apt-get):$$missing; tests that need them will say so"; exit 0; fi; \
@@ -104,13 +108,13 @@ system:
 	    || echo "apt-get could not install:$$missing; tests that need them will say so"
 
 # A stamp per kind of installation: newer than the pins = nothing to do.
-$(VENV)/.installed-run: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-run: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "installing Moray into $(VENV) (minutes the first time)"
 	$(PIP) install -c constraints.txt $(TORCH)
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(KERNELS) | $(BIN)/python
 	@echo "installing Moray and its development tools into $(VENV) (minutes the first time)"
 	$(PIP) install -c constraints.txt $(TORCH)
 	$(PIP) install -c constraints.txt -e '.[dev]'

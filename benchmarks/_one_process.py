@@ -5,24 +5,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from model.precision import Precision
 from wire.metrics import Metrics
-from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.engine import Engine
 from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
-from workers.config import AttentionConfig
+from workers.config import AttentionConfig, ComputeConfig
 
 
 @contextmanager
-def one_process(path: Path, *, num_pages: int = 1024) -> Iterator[Engine]:
-    """The engine of a checkpoint, every expert in it; torch's thread count is the caller's."""
+def one_process(
+    path: Path, *, num_pages: int = 1024, num_threads: int = 1, dtype: Precision = "auto"
+) -> Iterator[Engine]:
+    """The engine of a checkpoint, every expert in it."""
     checkpoint = open_checkpoint(path)
-    engine = build_engine(
-        checkpoint,
-        InProcessExperts.load(checkpoint),
-        config=EngineConfig(group=AttentionConfig(num_pages=num_pages)),
-        metrics=Metrics("attention"),
+    config = EngineConfig(
+        group=AttentionConfig(num_pages=num_pages, num_threads=num_threads),
+        compute=ComputeConfig(dtype=dtype),
     )
+    engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     try:
         yield engine

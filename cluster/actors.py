@@ -164,14 +164,18 @@ def _make_server(spec: StartSpec, host: str) -> _Server:
     # Imported here: only workers load torch, not the controller that also imports this module.
     from workers.attention.build import EngineConfig
     from workers.attention.server import AttentionServer, AttentionSettings
-    from workers.expert.server import ExpertServer
+    from workers.expert.server import ExpertServer, ExpertSettings
 
-    path = find_model(spec.config.model).path
+    config = spec.config
+    path = find_model(config.model).path
     if spec.role == "expert":
-        return ExpertServer(spec.worker_id, checkpoint_dir=path, config=spec.config.expert, host=host)
+        expert = ExpertSettings(group=config.expert, compute=config.compute, host=host)
+        return ExpertServer(spec.worker_id, checkpoint_dir=path, settings=expert)
     settings = AttentionSettings(
-        engine=EngineConfig(group=getattr(spec.config, spec.role), kv=spec.config.kv, mtp=spec.config.mtp),
-        dispatch=spec.config.dispatch,
+        engine=EngineConfig(
+            group=getattr(config, spec.role), compute=config.compute, kv=config.kv, mtp=config.mtp
+        ),
+        dispatch=config.dispatch,
         controller_address=spec.controller_address,
         host=host,
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 from router.config import RouterConfig
 from wire.config import FrozenConfig
 from wire.errors import ConfigError
-from workers.config import AttentionConfig, DispatchConfig, ExpertConfig, KvConfig, MtpConfig
+from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, ExpertConfig, KvConfig, MtpConfig
 
 
 class ControllerConfig(FrozenConfig):
@@ -54,6 +54,8 @@ class MorayConfig(FrozenConfig):
     """Attention workers that only decode."""
     both: AttentionConfig = AttentionConfig(replicas=0)
     """Attention workers that prefill and decode in one."""
+    compute: ComputeConfig = ComputeConfig()
+    """How weights are held and multiplied; the same in every worker."""
     kv: KvConfig = KvConfig()
     """The paged latent cache; the same in every attention worker."""
     dispatch: DispatchConfig = DispatchConfig()

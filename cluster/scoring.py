@@ -11,22 +11,23 @@ from torch import Tensor
 from cluster.config import MorayConfig
 from cluster.lifecycle import check_model, start_cluster
 from cluster.models import find_model
+from model.precision import Precision
 from wire.errors import from_rpc
 from wire.frames import decode_frame
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import attention_pb2
 from wire.rpc import CHANNEL_OPTIONS, SCORE_METHOD
-from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.requests import read_score
 from workers.checkpoint import open_checkpoint
-from workers.config import AttentionConfig
+from workers.config import AttentionConfig, ComputeConfig
 
 _PREFILL = "prefill-0"
 
 
 def score_in_process(
-    model: str, prompts: Sequence[Sequence[int]], *, chunk_tokens: int
+    model: str, prompts: Sequence[Sequence[int]], *, dtype: Precision, chunk_tokens: int
 ) -> list[dict[str, Tensor]]:
     """The tensors of each prompt, computed in this process with the same engine and no Ray.
 
@@ -36,9 +37,8 @@ def score_in_process(
     checkpoint = open_checkpoint(find_model(model).path)
     requests = [attention_pb2.ScoreRequest(token_ids=prompt, chunk_tokens=chunk_tokens) for prompt in prompts]
     specs = [read_score(request, checkpoint.config, max_chunk_tokens=chunk_tokens) for request in requests]
-    config = EngineConfig(group=_group_for(prompts))
-    experts = InProcessExperts.load(checkpoint)
-    engine = build_engine(checkpoint, experts, config=config, metrics=Metrics("attention"))
+    config = EngineConfig(group=_group_for(prompts), compute=ComputeConfig(dtype=dtype))
+    engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     try:
         return [engine.score(spec).result() for spec in specs]
@@ -47,7 +47,7 @@ def score_in_process(
 
 
 def score_in_cluster(
-    model: str, prompts: Sequence[Sequence[int]], *, chunk_tokens: int, num_experts: int
+    model: str, prompts: Sequence[Sequence[int]], *, dtype: Precision, chunk_tokens: int, num_experts: int
 ) -> list[dict[str, Tensor]]:
     """The tensors of each prompt, from a cluster that is started for it and ended.
 
@@ -58,6 +58,7 @@ def score_in_cluster(
         {
             "model": model,
             "name": "moray-logits",
+            "compute": {"dtype": dtype},
             "expert": {"replicas": num_experts},
             "prefill": _group_for(prompts).model_dump(),
             "decode": {"replicas": 0},

@@ -1,30 +1,70 @@
-"""Multi-head latent attention over cached rows, absorbed: keys and values stay in the latent.
+"""Multi-head latent attention over cached rows, with the indexer's choice of what is read.
 
-One code path for prefill chunks and decode. What a row computes depends on its own position only: a row
-that sees at most index_topk positions attends to all of them, a later one to the index_topk that the indexer
-picks, gathered in ascending order. So neither the chunk nor the batch that a row comes in changes its bits.
+One function in two forms. Expanded: keys and values of every head are made from the latents again; a third of
+the arithmetic, but all of it for each step, so it is for prompts. Absorbed: queries go to the latent and
+read it as it lies in the cache; for generated tokens, and for rows that see more than index_topk positions
+and read the indexer's selection. The forms differ in the last bits, so which one computes a token is decided
+by its position and by whether it belongs to the client's prompt: never by chunk, batch or worker.
 
 Letters: T tokens, R rows of one span, D hidden, Q query rank, H heads, N nope width, P rope width, O value
-width per head, C latent, X = C + P, I indexer width, W = X + I, S cached positions, U selected positions,
-M = rows * heads.
+width per head, C latent, X = C + P, J indexer heads, I indexer width, W cache row, S cached positions,
+U selected positions, V values of one row and head.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from model.batch import Batch, CacheView, Span, Trace
+from model.batch import Batch, CacheView, LayerCache, Span, Trace
 from model.config import ModelConfig
-from model.indexer import IndexerQueries, index_scores, indexer_keys, indexer_queries, select_positions
-from model.linear import head_linear, linear
-from model.norms import rms_norm
-from model.rope import RopeTable, rotate_interleaved
+from model.kernels.base import Kernels, Reads
+from model.rope import RopeTable
 from model.weights import AttentionWeights
 
-BLOCK_VALUES = 4 * 1024 * 1024
-"""Float32 values in attention's largest temporary (16 MiB): query rows are taken in blocks to respect it."""
+
+@dataclass(frozen=True, kw_only=True)
+class SpanPlan:
+    """How the rows of a span are computed: [begin, expanded), [expanded, dense), [dense, end)."""
+
+    span_idx: int
+    begin_row: int
+    expanded_end: int
+    """Prompt rows that see at most index_topk positions."""
+    dense_end: int
+    """Generated rows that do."""
+    end_row: int
+    """The others read a selection."""
+    first_position: int
+
+    def reads(self, cached: LayerCache, begin_row: int, end_row: int) -> Reads:
+        """What some of its rows read."""
+        return Reads(
+            begin_row=begin_row,
+            end_row=end_row,
+            first_position=self.first_position + begin_row - self.begin_row,
+            context_S=cached.context_S[self.span_idx],
+        )
+
+
+def plan_span(span: Span, span_idx: int, *, index_topk: int) -> SpanPlan:
+    """The forms of a span's rows.
+
+    Example: index_topk 8, a span of positions [5, 12) whose first 7 are prompt: rows of positions 5 and 6 are
+    expanded, that of 7 is dense, those of 8 to 11 read a selection.
+    """
+    num_dense = min(max(index_topk - span.first_position, 0), span.num_rows)
+    prompt_tokens = span.context_tokens if span.prompt_tokens is None else span.prompt_tokens
+    num_expanded = min(max(prompt_tokens - span.first_position, 0), num_dense)
+    return SpanPlan(
+        span_idx=span_idx,
+        begin_row=span.begin_row,
+        expanded_end=span.begin_row + num_expanded,
+        dense_end=span.begin_row + num_dense,
+        end_row=span.end_row,
+        first_position=span.first_position,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +72,10 @@ class Step:
     """What the layers of one forward pass share."""
 
     config: ModelConfig
+    kernels: Kernels
     batch: Batch
+    plans: tuple[SpanPlan, ...]
+    """One a span."""
     table: RopeTable
     """Rotary table of the batch's positions."""
     cache: CacheView
@@ -40,111 +83,96 @@ class Step:
 
 
 def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx: int) -> Tensor:
-    """The attention output of normed rows (T, D), their cache rows appended on the way: (T, D) float32."""
+    """The attention output of normed rows (T, D), their cache rows stored on the way: (T, D) float32."""
+    config, kernels = step.config, step.kernels
+    cached = step.cache.layer(layer_idx)
+    q_TQ = kernels.rms_norm(weights.query_a_QD(x_TD), weights.query_norm_Q, eps=config.rms_norm_eps)
+    latent_TX, key_TI = weights.latent_XD(x_TD), weights.indexer.key_ID(x_TD)
+    kernels.store_rows(latent_TX, key_TI, weights.cache_norms, step.table, cached)
+    query_THQ = weights.query_b_HQ(q_TQ).view(-1, config.num_attention_heads, config.qk_head_dim)
+    query_THQ = kernels.rotate_queries(query_THQ, step.table, config)
+    reads = _absorbed_reads(x_TD, q_TQ, weights, step, cached=cached, layer_idx=layer_idx)
+    if sum(read.num_rows for read in reads) == step.batch.num_rows:
+        value_THO = _absorbed(query_THQ, weights, step, cached, reads)
+    else:
+        value_THO = query_THQ.new_empty(*query_THQ.shape[:2], config.v_head_dim)
+        for plan in step.plans:
+            if plan.begin_row < plan.expanded_end:
+                rows = slice(plan.begin_row, plan.expanded_end)
+                value_THO[rows] = _expanded(query_THQ[rows], weights, step, cached, plan)
+        if reads:
+            rows_T = torch.cat([torch.arange(read.begin_row, read.end_row) for read in reads])
+            rows_T = rows_T.to(query_THQ.device)
+            value_THO[rows_T] = _absorbed(query_THQ[rows_T], weights, step, cached, reads)
+    return weights.output_DHO(value_THO.flatten(1))
+
+
+def _expanded(
+    query_RHQ: Tensor, weights: AttentionWeights, step: Step, cached: LayerCache, plan: SpanPlan
+) -> Tensor:
+    """(R, H, O) of a span's expanded rows."""
+    reads = plan.reads(cached, plan.begin_row, plan.expanded_end)
+    return step.kernels.attend_expanded(query_RHQ, weights.expand_HVC, cached, reads)
+
+
+def _absorbed(
+    query_RHQ: Tensor, weights: AttentionWeights, step: Step, cached: LayerCache, reads: Sequence[Reads]
+) -> Tensor:
+    """(R, H, O) of the rows of `reads`, one behind another."""
     config = step.config
-    q_TQ = rms_norm(linear(x_TD, weights.query_a_QD), weights.query_norm_Q, eps=config.rms_norm_eps)
-    step.cache.append(layer_idx, _cache_rows(x_TD, weights, step))
-    query_THX = _absorbed_queries(q_TQ, weights, step)
-    index_queries = indexer_queries(x_TD, q_TQ, weights.indexer, step.table, config)
-    spans = []
-    for span_idx, span in enumerate(step.batch.spans):
-        rows = slice(span.begin_row, span.end_row)
-        context_SW = step.cache.context(layer_idx, span_idx)
-        attend = _SpanAttention(config, span, context_SW, index_queries.rows(span.begin_row, span.end_row))
-        spans.append(attend(query_THX[rows]))
+    nope_RHN, rope_RHP = query_RHQ.tensor_split((config.qk_nope_head_dim,), dim=-1)
+    query_RHX = torch.cat((weights.key_HCN(nope_RHN), rope_RHP), dim=-1)
+    latent_RHC = step.kernels.attend_absorbed(query_RHX, cached, reads, latent_width=config.kv_lora_rank)
+    return weights.value_HOC(latent_RHC)
+
+
+def _absorbed_reads(
+    x_TD: Tensor,
+    q_TQ: Tensor,
+    weights: AttentionWeights,
+    step: Step,
+    *,
+    cached: LayerCache,
+    layer_idx: int,
+) -> list[Reads]:
+    """What the rows that are not expanded read; tells the trace of every row."""
+    found: list[Reads] = []
+    for plan in step.plans:
+        if plan.expanded_end < plan.dense_end:
+            found.append(plan.reads(cached, plan.expanded_end, plan.dense_end))
+        position_RU = None
+        if plan.dense_end < plan.end_row:
+            sparse = plan.reads(cached, plan.dense_end, plan.end_row)
+            position_RU = _select(x_TD, q_TQ, weights, step, cached=cached, reads=sparse)
+            found.append(replace(sparse, selected_RU=sparse.context_S[position_RU]))
         if step.trace is not None:
-            step.trace.on_index(layer_idx, span_idx, attend.selected_positions())
-    value_THO = head_linear(torch.cat(spans), weights.value_HCO)
-    return linear(value_THO.flatten(1), weights.output_DHO)
+            num_selected = step.config.index_topk
+            step.trace.on_index(layer_idx, plan.span_idx, _listed(plan, position_RU, num_selected))
+    return found
 
 
-def _cache_rows(x_TD: Tensor, weights: AttentionWeights, step: Step) -> Tensor:
-    """(T, W): latent after its norm, rotated rope key, indexer key."""
-    config = step.config
-    latent_TX = linear(x_TD, weights.latent_CD)
-    latent_TC = rms_norm(latent_TX[:, : config.kv_lora_rank], weights.latent_norm_C, eps=config.rms_norm_eps)
-    rope_TP = rotate_interleaved(latent_TX[:, None, config.kv_lora_rank :], step.table)[:, 0]
-    return torch.cat((latent_TC, rope_TP, indexer_keys(x_TD, weights.indexer, step.table)), dim=-1)
+def _select(
+    x_TD: Tensor, q_TQ: Tensor, weights: AttentionWeights, step: Step, *, cached: LayerCache, reads: Reads
+) -> Tensor:
+    """The positions that rows read: (R, U) int64, ascending."""
+    config, kernels = step.config, step.kernels
+    rows = slice(reads.begin_row, reads.end_row)
+    query_RJI = weights.indexer.query_JIQ(q_TQ[rows]).view(-1, config.index_n_heads, config.index_head_dim)
+    table = RopeTable(cos_TP=step.table.cos_TP[rows], sin_TP=step.table.sin_TP[rows])
+    scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
+    head_RJ = weights.indexer.head_JD(x_TD[rows]) * scale
+    query_RJI = kernels.rotate_index_queries(query_RJI, table)
+    score_RS = kernels.index_scores(query_RJI, head_RJ, cached, reads)
+    return kernels.select_positions(
+        score_RS, first_position=reads.first_position, num_selected=config.index_topk
+    )
 
 
-def _absorbed_queries(q_TQ: Tensor, weights: AttentionWeights, step: Step) -> Tensor:
-    """(T, H, X): queries brought into the latent space, rope part behind, softmax scale included."""
-    config = step.config
-    query = linear(q_TQ, weights.query_b_HQ).view(-1, config.num_attention_heads, config.qk_head_dim)
-    nope_THN, rope_THP = query.tensor_split((config.qk_nope_head_dim,), dim=-1)
-    latent_THC = head_linear(nope_THN, weights.key_HNC)
-    return torch.cat((latent_THC, rotate_interleaved(rope_THP, step.table)), dim=-1) * config.softmax_scale
-
-
-class _SpanAttention:
-    """Attention of one span's rows: the first `num_dense` see all before them, the others a selection."""
-
-    def __init__(
-        self, config: ModelConfig, span: Span, context_SW: Tensor, index_queries: IndexerQueries
-    ) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self._latent_width = config.kv_lora_rank
-        self._num_selected = config.index_topk
-        self._first_position = span.first_position
-        self._num_rows = span.num_rows
-        self._num_dense = min(max(config.index_topk - span.first_position, 0), span.num_rows)
-        self._key_SX, self._index_key_SI = context_SW[:, :width], context_SW[:, width:]
-        self._index_queries = index_queries
-        self._selected: list[Tensor] = []
-
-    def __call__(self, query_RHX: Tensor) -> Tensor:
-        """(R, H, C): the latent that each head reads."""
-        dense_values = query_RHX.shape[1] * min(self._num_selected, self._key_SX.shape[0])
-        parts = [
-            self._attend_all(query_RHX[begin:end], begin)
-            for begin, end in self._blocks(0, self._num_dense, dense_values)
-        ]
-        sparse_values = max(
-            self._num_selected * self._key_SX.shape[1],
-            self._index_queries.head_TJ.shape[1] * self._key_SX.shape[0],
-        )
-        parts += [
-            self._attend_selected(query_RHX[begin:end], begin)
-            for begin, end in self._blocks(self._num_dense, self._num_rows, sparse_values)
-        ]
-        return torch.cat(parts)
-
-    def selected_positions(self) -> Tensor:
-        """(R, U) int32: what each row attended to, ascending, -1 padded; known once the span was computed."""
-        num_listed = min(self._num_selected, self._first_position + self._num_rows)
-        column_U = torch.arange(num_listed)
-        last_R = torch.arange(self._first_position, self._first_position + self._num_dense)
-        dense_RU = torch.where(column_U <= last_R[:, None], column_U, -1)
-        return torch.cat((dense_RU, *(ids.cpu() for ids in self._selected))).to(torch.int32)
-
-    def _blocks(self, begin_row: int, end_row: int, values_per_row: int) -> list[tuple[int, int]]:
-        """Row ranges whose largest temporary stays within BLOCK_VALUES (one row at least)."""
-        num_rows = max(1, BLOCK_VALUES // values_per_row)
-        return [(begin, min(begin + num_rows, end_row)) for begin in range(begin_row, end_row, num_rows)]
-
-    def _attend_all(self, query_RHX: Tensor, begin_row: int) -> Tensor:
-        """Causal attention of rows that see at most index_topk positions."""
-        num_rows, num_heads, _ = query_RHX.shape
-        first = self._first_position + begin_row
-        key_SX = self._key_SX[: first + num_rows]
-        score_MS = linear(query_RHX.flatten(0, 1), key_SX)
-        column_S = torch.arange(first + num_rows, device=score_MS.device)
-        hidden_RS = column_S > column_S[first:, None]
-        score_MS.view(num_rows, num_heads, -1).masked_fill_(hidden_RS[:, None], -math.inf)
-        share_MS = score_MS.sub_(score_MS.amax(-1, keepdim=True)).exp_()
-        # Not Tensor.sum: it would add in another order for another context length.
-        total_M = linear(share_MS, share_MS.new_ones((2, share_MS.shape[1])))[:, :1]
-        latent_MC = linear(share_MS, key_SX[:, : self._latent_width].t())
-        return (latent_MC / total_M).view(num_rows, num_heads, -1)
-
-    def _attend_selected(self, query_RHX: Tensor, begin_row: int) -> Tensor:
-        """Attention of rows that see more than index_topk positions, each over its own selection."""
-        num_rows = query_RHX.shape[0]
-        first = self._first_position + begin_row
-        queries = self._index_queries.rows(begin_row, begin_row + num_rows)
-        score_RS = index_scores(queries, self._index_key_SI[: first + num_rows])
-        ids_RU = select_positions(score_RS, first_position=first, num_selected=self._num_selected)
-        self._selected.append(ids_RU)
-        key_RUX = self._key_SX[ids_RU]
-        share_RHU = torch.bmm(query_RHX, key_RUX.transpose(1, 2)).softmax(-1)
-        return torch.bmm(share_RHU, key_RUX[:, :, : self._latent_width])
+def _listed(plan: SpanPlan, position_RU: Tensor | None, num_selected: int) -> Tensor:
+    """(R, U) int32: what each row of a span reads, ascending, -1 padded."""
+    num_rows = plan.end_row - plan.begin_row
+    column_U = torch.arange(min(num_selected, plan.first_position + num_rows))
+    last_R = torch.arange(plan.first_position, plan.first_position + plan.dense_end - plan.begin_row)
+    dense_RU = torch.where(column_U <= last_R[:, None], column_U, -1)
+    parts = [dense_RU] if position_RU is None else [dense_RU, position_RU.cpu()]
+    return torch.cat(parts).to(torch.int32)

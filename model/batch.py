@@ -1,7 +1,7 @@
 """What one step of the model takes, and the three things that it asks of its caller: cache, experts, trace.
 
 Letters: T tokens (rows of the batch), R rows of one span, D hidden, K top-k, U selected positions, S cached
-positions, W cache row (`cache_width`): latent C, then rope key P, then indexer key I.
+positions, N rows of the cache, W cache row (`CacheLayout`).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from model.cache_layout import CacheLayout
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Span:
     end_row: int
     context_tokens: int
     """Cached length of the sequence after this step; the span's first position is this minus its rows."""
+    prompt_tokens: int | None = None
+    """Leading positions of the sequence that are its client's prompt; None = all. It chooses the form of
+    attention (model/attention.py), so it must be the same whenever the sequence is computed again."""
 
     @property
     def num_rows(self) -> int:
@@ -48,8 +53,13 @@ class Batch:
         return int(self.token_ids_T.shape[0])
 
 
-def make_batch(token_ids: Sequence[Sequence[int]], *, first_positions: Sequence[int]) -> Batch:
-    """The batch of some sequences' next tokens.
+def make_batch(
+    token_ids: Sequence[Sequence[int]],
+    *,
+    first_positions: Sequence[int],
+    prompt_tokens: Sequence[int] | None = None,
+) -> Batch:
+    """The batch of some sequences' next tokens; prompt_tokens[i] is that of span i, None = all is prompt.
 
     Example: `make_batch([[5, 6], [7]], first_positions=[0, 9])` has positions 0, 1, 9 and the spans
     (0, 2, context 2) and (2, 3, context 10).
@@ -57,8 +67,9 @@ def make_batch(token_ids: Sequence[Sequence[int]], *, first_positions: Sequence[
     flat: list[int] = []
     positions: list[int] = []
     spans: list[Span] = []
-    for ids, first in zip(token_ids, first_positions, strict=True):
-        spans.append(Span(len(flat), len(flat) + len(ids), first + len(ids)))
+    prompts: Sequence[int | None] = prompt_tokens or [None] * len(token_ids)
+    for ids, first, prompt in zip(token_ids, first_positions, prompts, strict=True):
+        spans.append(Span(len(flat), len(flat) + len(ids), first + len(ids), prompt))
         flat.extend(ids)
         positions.extend(range(first, first + len(ids)))
     return Batch(
@@ -68,14 +79,28 @@ def make_batch(token_ids: Sequence[Sequence[int]], *, first_positions: Sequence[
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """One layer's cache rows, and which of them belong to the batch."""
+
+    layout: CacheLayout
+    rows_NW: Tensor
+    """(N, W) float32, rows of every sequence; written in place."""
+    append_T: Tensor
+    """(T,) int64: where the rows of the batch go."""
+    context_S: tuple[Tensor, ...]
+    """For each span (S,) int64: the rows of its sequence, those of this step too, in order of position."""
+
+    def append(self, rows_TW: Tensor) -> None:
+        """Stores the batch's rows, (T, W)."""
+        self.rows_NW[self.append_T] = rows_TW
+
+
 class CacheView(Protocol):
     """The cache rows of the sequences of one batch."""
 
-    def append(self, layer_idx: int, rows_TW: Tensor) -> None:
-        """Stores the batch's rows of one layer, (T, W) float32, at the end of each span's sequence."""
-
-    def context(self, layer_idx: int, span_idx: int) -> Tensor:
-        """All rows of a span's sequence, those just appended too: (S, W) float32, S = context_tokens."""
+    def layer(self, layer_idx: int) -> LayerCache:
+        """One layer's rows."""
 
 
 class PendingRows(Protocol):
@@ -102,49 +127,66 @@ class Trace(Protocol):
         """
 
 
+class RowsView:
+    """A `CacheView` of sequences whose rows have the same indices in every layer."""
+
+    def __init__(
+        self, layout: CacheLayout, rows_LNW: Tensor, batch: Batch, context_S: tuple[Tensor, ...]
+    ) -> None:
+        """Takes all rows, and for each span of the batch the indices of its sequence, (S,) int64."""
+        self._layout = layout
+        self._rows_LNW = rows_LNW
+        self._context_S = context_S
+        self._append_T = torch.cat(
+            [ids[span.first_position :] for span, ids in zip(batch.spans, context_S, strict=True)]
+        )
+
+    def layer(self, layer_idx: int) -> LayerCache:
+        """One layer's rows."""
+        return LayerCache(
+            layout=self._layout,
+            rows_NW=self._rows_LNW[layer_idx],
+            append_T=self._append_T,
+            context_S=self._context_S,
+        )
+
+
 class DenseCache:
-    """A plain `CacheView`: one buffer per layer and sequence, grown as needed.
+    """A plain `CacheView`: one buffer for all sequences, grown as needed; a position keeps its row.
 
     For tests and single-process comparison; `view` says which sequences the next batch belongs to.
     """
 
-    def __init__(self, *, num_layers: int, width: int) -> None:
-        self._width = width
-        self._rows_SW: list[dict[int, Tensor]] = [{} for _ in range(num_layers)]
+    def __init__(self, *, num_layers: int, layout: CacheLayout) -> None:
+        self._layout = layout
+        self._rows_LNW = torch.zeros(num_layers, 16, layout.width)
+        self._num_used = 0
+        self._ids: dict[int, Tensor] = {}
+        """Sequence -> rows by position."""
 
-    def view(self, batch: Batch, sequence_ids: Sequence[int] = (0,)) -> "DenseCacheView":
+    def view(self, batch: Batch, sequence_ids: Sequence[int] = (0,)) -> RowsView:
         """The view of one batch; sequence_ids[i] is the sequence of span i.
 
-        A sequence longer than its span's first position is cut back: that is how rejected drafts are dropped.
+        Rows after a span's last position are forgotten: that is how rejected drafts are dropped.
+
+        Raises:
+            IndexError: a span begins behind the end of its sequence.
         """
-        return DenseCacheView(self, batch, tuple(sequence_ids))
+        spans = zip(batch.spans, sequence_ids, strict=True)
+        context_S = tuple(self._extend(sequence_id, span) for span, sequence_id in spans)
+        return RowsView(self._layout, self._rows_LNW, batch, context_S)
 
-    def write(self, layer_idx: int, sequence_id: int, first_position: int, rows_RW: Tensor) -> None:
-        """Puts rows at [first_position, ...) of a sequence and forgets what came after."""
-        held = self._rows_SW[layer_idx].get(sequence_id, rows_RW.new_empty((0, self._width)))
-        if held.shape[0] < first_position:
-            have = f"sequence {sequence_id} has {held.shape[0]} rows in layer {layer_idx}"
-            raise IndexError(f"{have}, and the batch begins at position {first_position}")
-        self._rows_SW[layer_idx][sequence_id] = torch.cat((held[:first_position], rows_RW))
-
-    def read(self, layer_idx: int, sequence_id: int) -> Tensor:
-        """All rows of a sequence: (S, W)."""
-        return self._rows_SW[layer_idx][sequence_id]
-
-
-class DenseCacheView:
-    """One batch's view of a `DenseCache`."""
-
-    def __init__(self, cache: DenseCache, batch: Batch, sequence_ids: tuple[int, ...]) -> None:
-        self._cache = cache
-        self._placed = tuple(zip(batch.spans, sequence_ids, strict=True))
-
-    def append(self, layer_idx: int, rows_TW: Tensor) -> None:
-        """Stores each span's rows in its sequence."""
-        for span, sequence_id in self._placed:
-            rows_RW = rows_TW[span.begin_row : span.end_row]
-            self._cache.write(layer_idx, sequence_id, span.first_position, rows_RW)
-
-    def context(self, layer_idx: int, span_idx: int) -> Tensor:
-        """All rows of a span's sequence: (S, W)."""
-        return self._cache.read(layer_idx, self._placed[span_idx][1])
+    def _extend(self, sequence_id: int, span: Span) -> Tensor:
+        ids = self._ids.get(sequence_id, torch.empty(0, dtype=torch.int64))
+        if len(ids) < span.first_position:
+            have = f"sequence {sequence_id} has {len(ids)} rows"
+            raise IndexError(f"{have}, and the batch begins at position {span.first_position}")
+        num_new = max(0, span.context_tokens - len(ids))
+        ids = torch.cat((ids, torch.arange(self._num_used, self._num_used + num_new)))
+        self._ids[sequence_id] = ids
+        self._num_used += num_new
+        if self._num_used > self._rows_LNW.shape[1]:
+            grown = self._rows_LNW.new_zeros(len(self._rows_LNW), 2 * self._num_used, self._rows_LNW.shape[2])
+            grown[:, : self._rows_LNW.shape[1]] = self._rows_LNW
+            self._rows_LNW = grown
+        return ids[: span.context_tokens]

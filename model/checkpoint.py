@@ -11,22 +11,28 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ModelConfig, load_config
 from model.errors import CheckpointInvalid
-from model.fp8_blocks import dequantize_blocks, scale_shape
-from model.tensor_names import expected_tensors
+from model.fp8_blocks import scale_shape
+from model.matrix import StoredMatrix
+from model.tensor_names import expected_tensors, is_routed_expert
 
 __all__ = ["Checkpoint", "TensorHeader", "expected_tensors"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"
+"""Behind the name of an FP8 tensor: its blocks' factors."""
+CHANNEL_SUFFIX = "_scale"
+"""Behind the name of an INT8 tensor: its output channels' factors."""
 _FP8 = "F8_E4M3"
+_INT8 = "I8"
+_QUANTISED = frozenset({_FP8, _INT8})
 _READABLE = frozenset({"F32", "BF16", "F16", _FP8})
+_READABLE_EXPERT = _READABLE | {_INT8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class TensorHeader:
     """Name of the file in the checkpoint directory."""
     shape: tuple[int, ...]
     dtype: str
-    """In safetensors' words: F32, BF16, F16, F8_E4M3."""
+    """In safetensors' words: F32, BF16, F16, F8_E4M3, I8."""
 
 
 class Checkpoint:
@@ -81,7 +87,7 @@ class Checkpoint:
         return self._header(name).shape
 
     def dtype(self, name: str) -> str:
-        """Type of a tensor as stored: F32, BF16, F16, F8_E4M3."""
+        """Type of a tensor as stored: F32, BF16, F16, F8_E4M3, I8."""
         return self._header(name).dtype
 
     def file_of(self, name: str) -> Path:
@@ -91,17 +97,28 @@ class Checkpoint:
         return self.path / self._file_of[name]
 
     def read(self, name: str, *, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in float32, FP8 blocks multiplied out; reads nothing else.
+        """One tensor in float32, factors multiplied out; reads nothing else.
 
         Raises:
             CheckpointInvalid: it is missing, misshapen, of a type that cannot be read, or has no scales.
         """
+        return self.read_stored(name, shape=shape).to_float32()
+
+    def read_stored(self, name: str, *, shape: tuple[int, ...]) -> StoredMatrix:
+        """One matrix with the bytes of its file, mapped rather than read.
+
+        Raises:
+            CheckpointInvalid: as `read`.
+        """
         self._check_tensor(name, shape)
-        stored = self._read_raw(name)
-        if self.dtype(name) != _FP8:
-            return stored.to(torch.float32)
-        block = self._block_size(name)
-        return dequantize_blocks(stored, self._read_raw(name + SCALE_SUFFIX).to(torch.float32), block=block)
+        values, dtype = self._read_raw(name), self.dtype(name)
+        if dtype not in _QUANTISED:
+            return StoredMatrix(values_FD=values)
+        scale_name, _ = self._scale_of(name)
+        scale = self._read_raw(scale_name)
+        if dtype == _INT8:
+            return StoredMatrix(values_FD=values, factor_F=scale.flatten())
+        return StoredMatrix(values_FD=values, scale_inv=scale, block=self._block_size(name))
 
     def check(self) -> None:
         """Looks at the header of every tensor that the config asks for; reads no weight.
@@ -134,26 +151,38 @@ class Checkpoint:
         header = self._header(name)
         if header.shape != shape:
             raise CheckpointInvalid(name, problem="misshapen tensor", wanted=shape, given=header.shape)
-        if header.dtype not in _READABLE:
-            wanted = ", ".join(sorted(_READABLE))
+        readable = _READABLE_EXPERT if is_routed_expert(name) else _READABLE
+        if header.dtype not in readable:
+            wanted = ", ".join(sorted(readable))
             raise CheckpointInvalid(name, problem="unsupported dtype", wanted=wanted, given=header.dtype)
-        if header.dtype == _FP8:
-            self._check_scale(name, shape)
+        if header.dtype in _QUANTISED:
+            self._check_scale(name)
 
-    def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
-        scale_name = name + SCALE_SUFFIX
-        wanted = scale_shape(shape, block=self._block_size(name))
+    def _check_scale(self, name: str) -> None:
+        scale_name, wanted = self._scale_of(name)
         if scale_name not in self._file_of:
-            raise CheckpointInvalid(scale_name, problem=f"missing scale of FP8 tensor {name}")
+            kind = "INT8" if self.dtype(name) == _INT8 else "FP8"
+            raise CheckpointInvalid(scale_name, problem=f"missing scale of {kind} tensor {name}")
         header = self._header(scale_name)
         if header.shape != wanted:
             raise CheckpointInvalid(scale_name, problem="misshapen scale", wanted=wanted, given=header.shape)
         if header.dtype != "F32":
             raise CheckpointInvalid(scale_name, problem="unsupported dtype", wanted="F32", given=header.dtype)
 
+    def _scale_of(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Name of a quantised tensor's scale, and the shape that it must have."""
+        shape = self.shape(name)
+        if self.dtype(name) == _FP8:
+            return name + SCALE_SUFFIX, scale_shape(shape, block=self._block_size(name))
+        if not self.config.has_int8_channels:
+            problem = "INT8 tensor, but config.json has no quantization_config of INT8 channels"
+            raise CheckpointInvalid(name, problem=problem)
+        return name + CHANNEL_SUFFIX, (shape[0], 1)
+
     def _block_size(self, name: str) -> int:
         if self.config.weight_block_size is None:
-            raise CheckpointInvalid(name, problem="FP8 tensor, but config.json has no quantization_config")
+            problem = "FP8 tensor, but config.json has no quantization_config of FP8 blocks"
+            raise CheckpointInvalid(name, problem=problem)
         return self.config.weight_block_size
 
     def _read_raw(self, name: str) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from model.cache_layout import CacheLayout, KeyForm
 from model.errors import CheckpointInvalid, ConfigInvalid
 
 INDEXER_NORM_EPS = 1e-6
@@ -21,6 +22,20 @@ _FIXED: Mapping[str, object] = {
     "tie_word_embeddings": False,
 }
 """Keys with one value that this code computes; absent is that value."""
+
+INT8_SCHEME: Mapping[str, Mapping[str, object]] = {
+    "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+    "input_activations": {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    },
+}
+"""What every group of a compressed-tensors config says: one INT8 factor an output channel, one a token."""
+_SCHEME_DEFAULTS: Mapping[str, object] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+"""What compressed-tensors takes for a key that is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +109,9 @@ class ModelConfig:
     num_nextn_predict_layers: int
     """MTP layers; 0 or 1."""
     weight_block_size: int | None
-    """Side of the FP8 blocks (quantization_config.weight_block_size); None: not quantised."""
+    """Side of the FP8 blocks (quantization_config.weight_block_size); None: none in FP8."""
+    has_int8_channels: bool
+    """Whether routed experts may be stored in INT8, with a factor for each output channel."""
     bos_token_id: int
     eos_token_id: int
 
@@ -110,7 +127,7 @@ class ModelConfig:
         given = {
             "rope_scaling": _parse_yarn(rope),
             "rope_theta": _number(rope, "rope_theta"),
-            "weight_block_size": _parse_block_size(raw),
+            **_parse_quantization(raw),
             "rms_norm_eps": _number(raw, "rms_norm_eps"),
             "routed_scaling_factor": _number(raw, "routed_scaling_factor"),
             "num_nextn_predict_layers": _integer(raw, "num_nextn_predict_layers", low=0, default=0),
@@ -149,10 +166,14 @@ class ModelConfig:
         """Width of one head's query: nope and rope parts together."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
-    @property
-    def cache_width(self) -> int:
-        """Values per token and layer in the cache: latent, rope key, indexer key."""
-        return self.kv_lora_rank + self.qk_rope_head_dim + self.index_head_dim
+    def cache_layout(self, key_form: KeyForm = "float32") -> CacheLayout:
+        """What the cache holds of a token and layer."""
+        return CacheLayout(
+            latent=self.kv_lora_rank,
+            rope=self.qk_rope_head_dim,
+            index=self.index_head_dim,
+            key_form=key_form,
+        )
 
     @property
     def softmax_scale(self) -> float:
@@ -238,21 +259,49 @@ def _parse_yarn(rope: Mapping[str, object]) -> YarnConfig | None:
     return yarn
 
 
-def _parse_block_size(raw: Mapping[str, object]) -> int | None:
+def _parse_quantization(raw: Mapping[str, object]) -> dict[str, object]:
+    """weight_block_size and has_int8_channels."""
     quantization = raw.get("quantization_config")
     if quantization is None:
-        return None
+        return {"weight_block_size": None, "has_int8_channels": False}
     if not isinstance(quantization, Mapping):
         raise ConfigInvalid("quantization_config", wanted="an object or null", given=quantization)
-    if quantization.get("quant_method") != "fp8":
-        given = quantization.get("quant_method")
-        raise ConfigInvalid("quantization_config.quant_method", wanted="'fp8'", given=given)
+    method = quantization.get("quant_method")
+    if method == "fp8":
+        return {"weight_block_size": _parse_block_size(quantization), "has_int8_channels": False}
+    if method == "compressed-tensors":
+        _check_int8_scheme(quantization)
+        return {"weight_block_size": None, "has_int8_channels": True}
+    wanted = "'fp8' or 'compressed-tensors'"
+    raise ConfigInvalid("quantization_config.quant_method", wanted=wanted, given=method)
+
+
+def _parse_block_size(quantization: Mapping[str, object]) -> int:
     block = quantization.get("weight_block_size")
     sides = set(block) if isinstance(block, list) and len(block) == 2 else set()
     side = sides.pop() if len(sides) == 1 else None
     if not isinstance(side, int) or isinstance(side, bool) or side < 1:
         raise ConfigInvalid("quantization_config.weight_block_size", wanted="[n, n]", given=block)
     return side
+
+
+def _check_int8_scheme(quantization: Mapping[str, object]) -> None:
+    """Of compressed-tensors' many schemes, only the one that precision int8 computes."""
+    field, given = "quantization_config.format", quantization.get("format")
+    if given != "int-quantized":
+        raise ConfigInvalid(field, wanted="'int-quantized'", given=given)
+    field, groups = "quantization_config.config_groups", quantization.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise ConfigInvalid(field, wanted="an object with a group", given=groups)
+    for name, group in groups.items():
+        for part, scheme in INT8_SCHEME.items():
+            said = group.get(part) if isinstance(group, Mapping) else None
+            if not isinstance(said, Mapping):
+                raise ConfigInvalid(f"{field}.{name}.{part}", wanted="an object", given=said)
+            for key, wanted in scheme.items():
+                given = said.get(key, _SCHEME_DEFAULTS.get(key))
+                if given != wanted:
+                    raise ConfigInvalid(f"{field}.{name}.{part}.{key}", wanted=repr(wanted), given=given)
 
 
 def _check_together(config: ModelConfig) -> None:

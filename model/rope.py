@@ -74,6 +74,12 @@ def rotate_half_split(x_THP: Tensor, table: RopeTable) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def rotate_front(x_TJI: Tensor, table: RopeTable) -> Tensor:
+    """Half-split rotation of the first P of I values: the indexer's rope part stands in front."""
+    width = 2 * table.cos_TP.shape[-1]
+    return torch.cat((rotate_half_split(x_TJI[..., :width], table), x_TJI[..., width:]), dim=-1)
+
+
 class Rope:
     """The rotary tables of one model, for any positions."""
 

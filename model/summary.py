@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from model.checkpoint import SCALE_SUFFIX, Checkpoint
+from model.checkpoint import CHANNEL_SUFFIX, SCALE_SUFFIX, Checkpoint
 from model.tensor_names import expected_tensors, mlp_tensors
 
 FLOAT32_BYTES = 4
 """Workers of this build hold weights and cache rows in float32."""
-DTYPE_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
+DTYPE_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I8": 1}
 """Bytes of one value, by safetensors' name of the type."""
 
 
@@ -20,7 +20,7 @@ class CheckpointSummary:
 
     fingerprint: str
     num_parameters: int
-    """Weights, FP8 scales not counted."""
+    """Weights, scales not counted."""
     num_routed_parameters: int
     """Weights in routed experts."""
     num_active_parameters: int
@@ -76,7 +76,7 @@ def summarise(checkpoint: Checkpoint) -> CheckpointSummary:
         attention_worker_bytes=(total - routed) * FLOAT32_BYTES,
         expert_bytes=expert * FLOAT32_BYTES,
         all_experts_bytes=routed * FLOAT32_BYTES,
-        kv_bytes_per_token=config.cache_width * config.num_cache_layers * FLOAT32_BYTES,
+        kv_bytes_per_token=config.cache_layout().width * config.num_cache_layers * FLOAT32_BYTES,
     )
 
 
@@ -85,7 +85,7 @@ def _dtype_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     counted: Counter[str] = Counter()
     known = set(checkpoint.names())
     for name in expected_tensors(checkpoint.config):
-        for stored in (name, name + SCALE_SUFFIX):
+        for stored in (name, name + SCALE_SUFFIX, name + CHANNEL_SUFFIX):
             if stored in known:
                 dtype = checkpoint.dtype(stored)
                 counted[dtype] += math.prod(checkpoint.shape(stored)) * DTYPE_BYTES[dtype]

@@ -30,6 +30,11 @@ def expert_prefix(layer_idx: int, expert_idx: int) -> str:
     return f"{layer_prefix(layer_idx)}mlp.experts.{expert_idx}."
 
 
+def is_routed_expert(name: str) -> bool:
+    """Whether a tensor is one of a routed expert's."""
+    return ".mlp.experts." in name
+
+
 def layer_tensors(config: ModelConfig, layer_idx: int) -> Shapes:
     """The tensors of one decoder block, routed experts included."""
     prefix, hidden = layer_prefix(layer_idx), config.hidden_size

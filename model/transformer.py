@@ -6,14 +6,11 @@ Letters: T tokens, D hidden, V vocabulary, K top-k.
 import torch
 from torch import Tensor
 
-from model.attention import Step, attention
+from model.attention import Step, attention, plan_span
 from model.batch import Batch, CacheView, MoeStep, Trace
 from model.config import ModelConfig
 from model.errors import ConfigInvalid
-from model.linear import linear
-from model.mlp import swiglu
-from model.moe import select_experts
-from model.norms import rms_norm
+from model.kernels.base import Kernels
 from model.rope import Rope
 from model.weights import LayerWeights, ModelWeights, MoeWeights, MtpWeights
 
@@ -22,13 +19,24 @@ class Transformer:
     """The model without its routed experts; stateless between calls, so any thread may use it."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, *, zero_first_embedding: bool = False
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        kernels: Kernels,
+        *,
+        zero_first_embedding: bool = False,
     ) -> None:
+        """Takes the weights, and the kernels that they were packed with."""
         self.config = config
         self._weights = weights
+        self._kernels = kernels
         self._rope = Rope(config, device=weights.embed_VD.device)
         self._zero_first_embedding = zero_first_embedding
         """Whether the MTP layer takes zeros for the embedding at position 0 (vLLM does, SGLang does not)."""
+
+    def start(self) -> None:
+        """Called once by the thread that will run the steps, when everything is loaded."""
+        self._kernels.start()
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: CacheView, moe: MoeStep, trace: Trace | None = None) -> Tensor:
@@ -41,15 +49,16 @@ class Transformer:
             trace: is told every choice of experts and positions.
         """
         step = self._step(batch, cache, trace)
-        x_TD = self._weights.embed_VD[batch.token_ids_T]
+        x_TD = self._weights.embed_VD[batch.token_ids_T].to(torch.float32)
+        delta_TD = torch.zeros_like(x_TD)
         for layer_idx, layer in enumerate(self._weights.layers):
-            x_TD = _run_layer(x_TD, layer, step, moe, layer_idx=layer_idx)
-        return rms_norm(x_TD, self._weights.norm_D, eps=self.config.rms_norm_eps)
+            delta_TD = _run_layer(x_TD, delta_TD, layer, step, moe, layer_idx=layer_idx)
+        return self._kernels.add_rms_norm(x_TD, delta_TD, self._weights.norm_D, eps=self.config.rms_norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores of the next token: (T, V) float32, of hidden states from `forward`."""
-        return linear(hidden_TD, self._weights.head_VD)
+        return self._weights.head_VD(hidden_TD)
 
     @torch.inference_mode()
     def mtp_forward(
@@ -70,21 +79,22 @@ class Transformer:
             ConfigInvalid: the checkpoint has no MTP layer.
         """
         mtp = self._mtp()
-        step, eps = self._step(batch, cache, trace), self.config.rms_norm_eps
-        embed_TD = mtp.embed_VD[batch.token_ids_T]
+        step, kernels, eps = self._step(batch, cache, trace), self._kernels, self.config.rms_norm_eps
+        embed_TD = mtp.embed_VD[batch.token_ids_T].to(torch.float32)
         if self._zero_first_embedding:
             is_first_T = batch.position_ids_T.to(embed_TD.device) == 0
             embed_TD = embed_TD.masked_fill(is_first_T[:, None], 0.0)
-        embed_TD = rms_norm(embed_TD, mtp.embed_norm_D, eps=eps)
-        joined_T2D = torch.cat((embed_TD, rms_norm(hidden_TD, mtp.hidden_norm_D, eps=eps)), dim=-1)
-        x_TD = linear(joined_T2D, mtp.join_D2D)
-        x_TD = _run_layer(x_TD, mtp.layer, step, moe, layer_idx=self.config.num_hidden_layers)
-        return rms_norm(x_TD, mtp.norm_D, eps=eps)
+        embed_TD = kernels.rms_norm(embed_TD, mtp.embed_norm_D, eps=eps)
+        hidden_TD = kernels.rms_norm(hidden_TD.contiguous(), mtp.hidden_norm_D, eps=eps)
+        x_TD = mtp.join_D2D(torch.cat((embed_TD, hidden_TD), dim=-1))
+        layer_idx = self.config.num_hidden_layers
+        delta_TD = _run_layer(x_TD, torch.zeros_like(x_TD), mtp.layer, step, moe, layer_idx=layer_idx)
+        return kernels.add_rms_norm(x_TD, delta_TD, mtp.norm_D, eps=eps)
 
     @torch.inference_mode()
     def mtp_head(self, hidden_TD: Tensor) -> Tensor:
         """Scores of token i + 2: (T, V) float32, of hidden states from `mtp_forward`."""
-        return linear(hidden_TD, self._mtp().head_VD)
+        return self._mtp().head_VD(hidden_TD)
 
     def mtp_logits(
         self, batch: Batch, hidden_TD: Tensor, cache: CacheView, moe: MoeStep, trace: Trace | None = None
@@ -94,7 +104,17 @@ class Transformer:
 
     def _step(self, batch: Batch, cache: CacheView, trace: Trace | None) -> Step:
         table = self._rope.table(batch.position_ids_T.to(self._weights.embed_VD.device))
-        return Step(config=self.config, batch=batch, table=table, cache=cache, trace=trace)
+        return Step(
+            config=self.config,
+            kernels=self._kernels,
+            batch=batch,
+            plans=tuple(
+                plan_span(span, i, index_topk=self.config.index_topk) for i, span in enumerate(batch.spans)
+            ),
+            table=table,
+            cache=cache,
+            trace=trace,
+        )
 
     def _mtp(self) -> MtpWeights:
         if self._weights.mtp is None:
@@ -102,24 +122,29 @@ class Transformer:
         return self._weights.mtp
 
 
-def _run_layer(x_TD: Tensor, layer: LayerWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> Tensor:
-    """One decoder block of the residual stream (T, D)."""
-    eps = step.config.rms_norm_eps
-    normed_TD = rms_norm(x_TD, layer.input_norm_D, eps=eps)
-    x_TD = x_TD + attention(normed_TD, layer.attention, step, layer_idx=layer_idx)
-    normed_TD = rms_norm(x_TD, layer.post_norm_D, eps=eps)
+def _run_layer(
+    x_TD: Tensor, delta_TD: Tensor, layer: LayerWeights, step: Step, moe: MoeStep, *, layer_idx: int
+) -> Tensor:
+    """One decoder block of the residual stream x, with what the block before it adds still apart.
+
+    Adds delta (T, D) and the attention's output to x (T, D) in place; returns what the MLP adds, (T, D).
+    """
+    kernels, eps = step.kernels, step.config.rms_norm_eps
+    normed_TD = kernels.add_rms_norm(x_TD, delta_TD, layer.input_norm_D, eps=eps)
+    attention_TD = attention(normed_TD, layer.attention, step, layer_idx=layer_idx)
+    normed_TD = kernels.add_rms_norm(x_TD, attention_TD, layer.post_norm_D, eps=eps)
     if layer.moe is not None:
-        return x_TD + _run_moe(normed_TD, layer.moe, step, moe, layer_idx=layer_idx)
-    if layer.mlp is not None:
-        return x_TD + swiglu(normed_TD, layer.mlp)
-    return x_TD
+        return _run_moe(normed_TD, layer.moe, step, moe, layer_idx=layer_idx)
+    if layer.mlp is None:
+        return torch.zeros_like(x_TD)
+    return layer.mlp(normed_TD)
 
 
 def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> Tensor:
     """Routed experts plus the shared one, which is computed while the others are under way: (T, D)."""
-    ids_TK, weights_TK = select_experts(x_TD, weights.gate_ED, weights.bias_E, step.config)
+    ids_TK, weights_TK = step.kernels.choose_experts(weights.gate_ED(x_TD), weights.bias_E, step.config)
     if step.trace is not None:
         step.trace.on_gate(layer_idx, ids_TK, weights_TK)
     pending = moe(layer_idx, x_TD, ids_TK, weights_TK)
-    shared_TD = swiglu(x_TD, weights.shared)
+    shared_TD = weights.shared(x_TD)
     return shared_TD + pending.result()

@@ -44,6 +44,15 @@ class AttentionConfig(WorkerGroupConfig):
     """Tokens of one step, decode rows and prompt chunks together."""
 
 
+class ComputeConfig(FrozenConfig):
+    """How weights are held and multiplied; the same in every worker."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "fp8", "int8"] = "auto"
+    """Form of the weights in memory (docs/precision.md); auto = as the checkpoint stores them."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto = the native ones where they are built and the processor can run them, torch elsewhere."""
+
+
 class KvConfig(FrozenConfig):
     """The paged latent cache; the same in every attention worker."""
 
@@ -51,6 +60,8 @@ class KvConfig(FrozenConfig):
     """Tokens of one page."""
     dtype: Literal["float32"] = "float32"
     """How cached values are held."""
+    index_keys: Literal["float32", "int8"] = "float32"
+    """How the indexer's keys are held; int8 reads a quarter of the bytes and may select other near-ties."""
 
 
 class MtpConfig(FrozenConfig):

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cluster.cli import chat, checkpoint, generate, logits, router, status, template, up
+from cluster.cli import bench, chat, checkpoint, generate, logits, router, status, template, up
 from cluster.cli.failure import report
 from wire.errors import MorayError
 
@@ -25,6 +25,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("logits")(logits.logits)
 app.command("router")(router.router)
+app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(template.app, name="template")
 

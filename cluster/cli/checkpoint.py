@@ -1,4 +1,4 @@
-"""`moray checkpoint`: makes random checkpoints and says what is in one.
+"""`moray checkpoint`: makes random checkpoints, quantizes any, and says what is in one.
 
 torch is imported inside the commands: the other commands start without it.
 """
@@ -18,11 +18,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from model.summary import CheckpointSummary
 
-app = typer.Typer(no_args_is_help=True, help="Make random checkpoints; inspect any in the HF layout.")
+app = typer.Typer(
+    no_args_is_help=True, help="Make random checkpoints; quantize or inspect any in the HF layout."
+)
 
 SizeName = Literal["tiny", "nano", "small", "bench-1b"]
 DtypeName = Literal["float32", "bfloat16", "fp8"]
 """The names of model/sizes.py, said again: importing them would load the model package."""
+QuantisedName = Literal["fp8", "int8"]
+"""The names of model/quantize.py, said again."""
 
 WORKER_COUNTS = (1, 2, 4, 8, 16)
 """Numbers of expert workers that the estimate is given for."""
@@ -44,8 +48,30 @@ def make(
     from model.make import make_checkpoint
     from model.summary import summarise
 
-    with _progress(f"Writing {out}", is_shown=not as_json) as on_progress:
+    with progress(f"Writing {out}", is_shown=not as_json) as on_progress:
         make_checkpoint(out, size=size, seed=seed, dtype=dtype, num_shards=shards, on_progress=on_progress)
+    _show(out, summarise(Checkpoint.open(out)), as_json=as_json)
+
+
+@app.command()
+def quantize(
+    src: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Checkpoint directory to read.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write; must not exist or be empty.")],
+    to: Annotated[
+        QuantisedName, typer.Option(help="fp8: DeepSeek's 128 x 128 blocks; int8: routed experts only.")
+    ],
+    shards: Annotated[
+        int | None, typer.Option(min=1, max=999, help="Files to write; else as many as SRC has.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a copy with its matrices in FP8 or its routed experts in INT8; memory holds one file of it."""
+    from model.checkpoint import Checkpoint
+    from model.quantize import quantize_checkpoint
+    from model.summary import summarise
+
+    with progress(f"Writing {out}", is_shown=not as_json) as on_progress:
+        quantize_checkpoint(src, out, to=to, num_shards=shards, on_progress=on_progress)
     _show(out, summarise(Checkpoint.open(out)), as_json=as_json)
 
 
@@ -64,7 +90,7 @@ def inspect(
 
 
 @contextmanager
-def _progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
+def progress(title: str, *, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A callback (done, total) that moves a bar on stderr, where there is a terminal to show it."""
     console = Console(stderr=True)
     with Progress(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from cluster.cli.dtype import DtypeName
 from cluster.cli.generate import read_prompts
 from wire.errors import ConfigError
 
@@ -28,14 +29,14 @@ def logits(  # noqa: PLR0913, PLR0917 - one parameter a flag
     out: Annotated[Path, typer.Option(help="safetensors file to write.")],
     topology: Annotated[Topology, typer.Option(help="In this process or as deployed.")] = Topology.IN_PROCESS,
     experts: Annotated[int, typer.Option(min=1, help="Expert workers of the cluster.")] = 2,
-    dtype: Annotated[str, typer.Option(help="Arithmetic; float32 so far.")] = "float32",
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Form of the weights; int8 multiplies in INT8.")
+    ] = "float32",
     prefill_chunk: Annotated[
         int, typer.Option(min=1, max=2**32 - 1, help="Tokens of one prefill chunk.")
     ] = 512,
 ) -> None:
     """Writes logits, expert_ids, expert_weights, indexer_ids and mtp_logits of every prompt."""
-    if dtype != "float32":
-        raise ConfigError(field="--dtype", wanted="float32 (the only one so far)", given=dtype)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         # Said before minutes of work, not after.
         raise ConfigError(field="--out", wanted="a file in a directory that can be written", given=str(out))
@@ -48,9 +49,11 @@ def logits(  # noqa: PLR0913, PLR0917 - one parameter a flag
         from cluster.scoring import score_in_cluster, score_in_process
 
         if topology is Topology.IN_PROCESS:
-            scored = score_in_process(model, prompts, chunk_tokens=prefill_chunk)
+            scored = score_in_process(model, prompts, dtype=dtype, chunk_tokens=prefill_chunk)
         else:
-            scored = score_in_cluster(model, prompts, chunk_tokens=prefill_chunk, num_experts=experts)
+            scored = score_in_cluster(
+                model, prompts, dtype=dtype, chunk_tokens=prefill_chunk, num_experts=experts
+            )
         save_file(_named(scored), out)
     console.print(f"wrote {out}")
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from cluster.chat.conversation import Conversation
+from cluster.cli.dtype import DtypeName
 from cluster.cli.failure import report
 from cluster.cli.generate import print_reply
 from cluster.client import GenerateOptions, shut_down
@@ -46,6 +47,7 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter a flag
     experts: Annotated[int | None, typer.Option(min=1, help="Expert workers.")] = None,
     prefill: Annotated[int | None, typer.Option(min=0, help="Prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Decode workers.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Form of the weights in memory.")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return when ready; it runs on.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Ask this when ready and print the answer.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when the prompt is answered.")] = False,
@@ -56,6 +58,7 @@ def up(  # noqa: PLR0913, PLR0917 - one parameter a flag
         "expert.replicas": experts,
         "prefill.replicas": prefill,
         "decode.replicas": decode,
+        "compute.dtype": dtype,
     }
     settings = load_config(config, overrides=overrides)
     settings.check_serves()

@@ -1,18 +1,21 @@
 """Building an engine: the same parts in a worker of a cluster and whole in one process."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.checkpoint import Checkpoint
-from model.kernels.grouped_experts import LocalExperts
+from model.config import ModelConfig
+from model.local_experts import LocalExperts
+from model.profile import StepClock
 from model.transformer import Transformer
-from model.weights import load_model_weights
+from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.engine import Engine, EngineParts
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.scheduler import StepLimits
-from workers.config import AttentionConfig, KvConfig, MtpConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig
+from workers.packing import make_packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,7 @@ class EngineConfig:
     """The sections of the config that shape an engine."""
 
     group: AttentionConfig
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
 
@@ -31,26 +35,63 @@ class InProcessExperts(LocalExperts):
         """Nothing to put in force."""
 
 
+def build_whole_engine(
+    checkpoint: Checkpoint,
+    *,
+    config: EngineConfig,
+    metrics: Metrics,
+    clock: StepClock | None = None,
+    on_progress: OnProgress | None = None,
+) -> Engine:
+    """An engine with every routed expert in its own process, not started yet; a clock counts its parts' time.
+
+    Raises:
+        CheckpointInvalid: a tensor is missing or misshapen.
+    """
+    packing = make_packing(config.group, config.compute)
+    if clock is not None:
+        packing = replace(packing, kernels=clock.time_kernels(packing.kernels))
+    experts = InProcessExperts.load(checkpoint, packing, on_progress=on_progress)
+    weights = load_model_weights(checkpoint, packing)
+    if clock is not None:
+        weights = clock.time_weights(weights)
+    return _engine(checkpoint.config, weights, experts, packing, config=config, metrics=metrics)
+
+
 def build_engine(
-    checkpoint: Checkpoint, experts: Experts, *, config: EngineConfig, metrics: Metrics
+    checkpoint: Checkpoint, experts: Experts, packing: Packing, *, config: EngineConfig, metrics: Metrics
 ) -> Engine:
     """An engine that is not started yet; reads every weight but the routed experts.
 
     Raises:
         CheckpointInvalid: a tensor is missing or misshapen.
     """
-    device = "cuda" if config.group.num_gpus > 0 else "cpu"
-    weights = load_model_weights(checkpoint, device=device)
+    weights = load_model_weights(checkpoint, packing)
+    return _engine(checkpoint.config, weights, experts, packing, config=config, metrics=metrics)
+
+
+def _engine(
+    model: ModelConfig,
+    weights: ModelWeights,
+    experts: Experts,
+    packing: Packing,
+    *,
+    config: EngineConfig,
+    metrics: Metrics,
+) -> Engine:
     parts = EngineParts(
         transformer=Transformer(
-            checkpoint.config, weights, zero_first_embedding=config.mtp.zero_first_embedding
+            model,
+            weights,
+            packing.kernels,
+            zero_first_embedding=config.mtp.zero_first_embedding,
         ),
         cache=PagedCache(
-            num_layers=checkpoint.config.num_cache_layers,
+            num_layers=model.num_cache_layers,
             num_pages=config.group.num_pages,
             page_tokens=config.kv.page_tokens,
-            width=checkpoint.config.cache_width,
-            device=device,
+            layout=model.cache_layout(config.kv.index_keys),
+            device=packing.device,
         ),
         pages=PageAllocator(config.group.num_pages, page_tokens=config.kv.page_tokens),
         experts=experts,

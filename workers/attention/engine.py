@@ -118,6 +118,7 @@ class Engine:
 
     @torch.inference_mode()
     def _loop(self) -> None:
+        self._transformer.start()
         self._export()
         while not self._is_stopping:
             plan = plan_step(
@@ -169,6 +170,7 @@ class Engine:
                 for s, num_tokens in running
             ],
             first_positions=[s.num_cached_tokens for s, _ in running],
+            prompt_tokens=[s.spec.num_prompt_tokens for s, _ in running],
         )
         self._experts.begin_step()
         view = self._cache.view(batch, [s.pages for s, _ in running])

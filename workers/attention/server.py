@@ -13,7 +13,6 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-import torch
 
 from router.experts.dispatcher import ExpertDispatcher
 from router.experts.grpc_transport import GrpcExpertTransport
@@ -40,6 +39,7 @@ from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequenc
 from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
 from workers.config import DispatchConfig
+from workers.packing import make_packing
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         Raises:
             ModelBroken: the checkpoint cannot be served; names the file or tensor.
         """
-        torch.set_num_threads(settings.engine.group.num_threads)
         checkpoint = open_checkpoint(checkpoint_dir)
+        packing = make_packing(settings.engine.group, settings.engine.compute)
         self._config = checkpoint.config
         self._settings = settings
         self.metrics = Metrics("attention")
@@ -76,7 +76,9 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             self._transport, deadline_s=settings.dispatch.deadline_s, metrics=self.metrics
         )
         experts = RemoteExperts(self._dispatcher)
-        self._engine = build_engine(checkpoint, experts, config=settings.engine, metrics=self.metrics)
+        self._engine = build_engine(
+            checkpoint, experts, packing, config=settings.engine, metrics=self.metrics
+        )
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
         )

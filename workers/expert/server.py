@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import grpc.aio
-import torch
 
 from model.errors import ModelError
-from model.weights import ExpertWeights, load_expert
+from model.matrix import Mlp
+from model.weights import load_experts
 from wire.errors import InvalidRequest, ModelBroken
 from wire.frames import decode_frame, encode_frame
 from wire.handshake import Handshake, check_handshake
@@ -19,12 +20,23 @@ from wire.metrics import Metrics
 from wire.proto import expert_pb2, expert_pb2_grpc
 from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unary_errors
 from workers.checkpoint import open_checkpoint
-from workers.config import ExpertConfig
+from workers.config import ComputeConfig, ExpertConfig
 from workers.expert.service import ExpertService
-from workers.expert.slots import SlotStore
+from workers.expert.slots import Place, SlotStore
 from workers.expert.types import Slot
+from workers.packing import make_packing
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSettings:
+    """What an expert worker is told at start."""
+
+    group: ExpertConfig = field(default_factory=ExpertConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    host: str
+    """Address to listen on and to be reached at."""
 
 
 class ExpertServer(expert_pb2_grpc.ExpertServicer):
@@ -33,27 +45,29 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
     Arithmetic and loading run in one thread each, so that heavy work never stops the network loop.
     """
 
-    def __init__(self, worker_id: str, *, checkpoint_dir: Path, config: ExpertConfig, host: str) -> None:
+    def __init__(self, worker_id: str, *, checkpoint_dir: Path, settings: ExpertSettings) -> None:
         """Opens the checkpoint (headers only).
 
         Raises:
             ModelBroken: the checkpoint cannot be served; names the file or tensor.
         """
-        torch.set_num_threads(config.num_threads)
         self._worker_id = worker_id
-        self._host = host
-        self._device = "cuda" if config.num_gpus > 0 else "cpu"
+        self._host = settings.host
+        self._packing = make_packing(settings.group, settings.compute)
         self._checkpoint = open_checkpoint(checkpoint_dir)
         self.metrics = Metrics("expert")
-        self._store = SlotStore(self._load_expert)
+        self._store = SlotStore(self._load_experts)
         self._service = ExpertService(
             self._store,
+            self._packing.kernels,
             hidden_size=self._checkpoint.config.hidden_size,
             metrics=self.metrics,
-            device=self._device,
+            device=self._packing.device,
         )
         self._handshake = Handshake(model=self._checkpoint.fingerprint())
-        self._arithmetic = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._arithmetic = ThreadPoolExecutor(
+            1, thread_name_prefix="experts", initializer=self._packing.kernels.start
+        )
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._server: grpc.aio.Server | None = None
 
@@ -116,8 +130,8 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         self.metrics.gauge("weights_bytes").set(self._store.num_bytes())
         _log.info("%s holds %d slots for table %d", self._worker_id, len(slots), table_version)
 
-    def _load_expert(self, layer_idx: int, expert_idx: int) -> ExpertWeights:
-        return load_expert(self._checkpoint, layer_idx=layer_idx, expert_idx=expert_idx, device=self._device)
+    def _load_experts(self, wanted: Sequence[Place]) -> Iterable[tuple[Place, Mlp]]:
+        return load_experts(self._checkpoint, self._packing, wanted)
 
     def _report(self) -> expert_pb2.SlotReport:
         slots = [

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from model.kernels.grouped_experts import Assignments, expert_partial_sums
+from model.kernels.base import Assignments, Kernels
 from wire.errors import ExpertNotLoaded, FrameInvalid, InternalError, MorayError
 from wire.frames import Array, Frame, FrameKind
 from wire.metrics import Metrics
@@ -19,8 +19,17 @@ _log = logging.getLogger(__name__)
 class ExpertService:
     """Answers FORWARD frames; called by one thread."""
 
-    def __init__(self, store: SlotStore, *, hidden_size: int, metrics: Metrics, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        store: SlotStore,
+        kernels: Kernels,
+        *,
+        hidden_size: int,
+        metrics: Metrics,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self._store = store
+        self._kernels = kernels
         self._hidden_size = hidden_size
         self._metrics = metrics
         self._device = device
@@ -65,7 +74,7 @@ class ExpertService:
             expert_idx_A=self._tensor(expert_idx_A),
             weights_A=self._tensor(weight_A),
         )
-        partial_RD: Array = expert_partial_sums(self._tensor(x_RD), assignments, experts).cpu().numpy()
+        partial_RD: Array = self._kernels.expert_sums(self._tensor(x_RD), assignments, experts).cpu().numpy()
         self._metrics.histogram("forward_seconds").observe(time.perf_counter() - began_s)
         self._count(frame.layer_idx, expert_idx_A)
         return partial_RD

@@ -1,13 +1,15 @@
 """Expert slots: which experts' weights this worker holds, layer by layer."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from model.weights import ExpertWeights
+from model.matrix import Mlp
 from workers.expert.types import Slot
 
-LoadExpert = Callable[[int, int], ExpertWeights]
-"""(layer_idx, expert_idx) -> the weights, read from the checkpoint."""
+Place = tuple[int, int]
+"""(layer_idx, expert_idx)."""
+LoadExperts = Callable[[Sequence[Place]], Iterable[tuple[Place, Mlp]]]
+"""Reads the experts named from the checkpoint."""
 
 
 class SlotStore:
@@ -17,11 +19,11 @@ class SlotStore:
     the old contents or the new, never a mixture, because a layer's mapping is replaced and never written to.
     """
 
-    def __init__(self, load_expert: LoadExpert) -> None:
-        self._load_expert = load_expert
+    def __init__(self, load_experts: LoadExperts) -> None:
+        self._load_experts = load_experts
         self._lock = threading.Lock()
         self._slots: tuple[Slot, ...] = ()
-        self._layers: Mapping[int, Mapping[int, ExpertWeights]] = {}
+        self._layers: Mapping[int, Mapping[int, Mlp]] = {}
         self.table_version = 0
         """Newest routing table that every slot was loaded for; 0 = none."""
 
@@ -34,18 +36,23 @@ class SlotStore:
         """
         if len({(slot.layer_idx, slot.slot_idx) for slot in slots}) != len(slots):
             raise ValueError(f"{len(slots)} assignments name one slot twice")
-        layers: dict[int, dict[int, ExpertWeights]] = {}
-        for slot in slots:
-            experts = layers.setdefault(slot.layer_idx, {})
-            if slot.expert_idx not in experts:
-                held = self._layers.get(slot.layer_idx, {}).get(slot.expert_idx)
-                experts[slot.expert_idx] = held or self._load_expert(slot.layer_idx, slot.expert_idx)
+        layers: dict[int, dict[int, Mlp]] = {}
+        missing: list[Place] = []
+        for layer_idx, expert_idx in sorted({(slot.layer_idx, slot.expert_idx) for slot in slots}):
+            experts = layers.setdefault(layer_idx, {})
+            held = self._layers.get(layer_idx, {}).get(expert_idx)
+            if held is None:
+                missing.append((layer_idx, expert_idx))
+            else:
+                experts[expert_idx] = held
+        for (layer_idx, expert_idx), weights in self._load_experts(missing):
+            layers[layer_idx][expert_idx] = weights
         with self._lock:
             self._layers = layers
             self._slots = tuple(sorted(slots))
             self.table_version = table_version
 
-    def experts_of(self, layer_idx: int) -> Mapping[int, ExpertWeights]:
+    def experts_of(self, layer_idx: int) -> Mapping[int, Mlp]:
         """Expert index -> weights of one layer; empty when the worker holds none of it."""
         return self._layers.get(layer_idx, {})
 
@@ -56,12 +63,7 @@ class SlotStore:
 
     def num_bytes(self) -> int:
         """Bytes of all weights held."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for experts in self._layers.values()
-            for weights in experts.values()
-            for tensor in (weights.gate_FD, weights.up_FD, weights.down_DF)
-        )
+        return sum(weights.num_bytes for experts in self._layers.values() for weights in experts.values())
 
     def check_integrity(self) -> None:
         """Slots and weights tell the same story.

@@ -31,8 +31,8 @@ from wire.proto import (
 from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD, SCORE_METHOD, SERVER_OPTIONS
 from workers.attention.build import EngineConfig
 from workers.attention.server import AttentionServer, AttentionSettings
-from workers.config import AttentionConfig, DispatchConfig, ExpertConfig, KvConfig
-from workers.expert.server import ExpertServer
+from workers.config import AttentionConfig, DispatchConfig, KvConfig
+from workers.expert.server import ExpertServer, ExpertSettings
 
 TEST_S = 60
 HOST = "127.0.0.1"
@@ -104,7 +104,8 @@ class Cluster:
 
     async def start_expert(self, worker_id: str, experts: Sequence[int], *, port: int = 0) -> Worker:
         """An expert worker that holds these experts of every layer."""
-        server = ExpertServer(worker_id, checkpoint_dir=self.directory, config=ExpertConfig(), host=HOST)
+        settings = ExpertSettings(host=HOST)
+        server = ExpertServer(worker_id, checkpoint_dir=self.directory, settings=settings)
         worker = Worker(worker_id, server, f"{HOST}:{await server.start(port)}")
         worker.slots = [
             expert_pb2.SlotAssignment(layer_idx=layer, slot_idx=i, expert_idx=expert)

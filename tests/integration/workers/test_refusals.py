@@ -31,8 +31,8 @@ from wire.proto import attention_pb2, control_pb2, expert_pb2
 from wire.rpc import FORWARD_METHOD, SCORE_METHOD
 from workers.attention.build import EngineConfig
 from workers.attention.server import AttentionServer, AttentionSettings
-from workers.config import AttentionConfig, DispatchConfig, ExpertConfig
-from workers.expert.server import ExpertServer
+from workers.config import AttentionConfig, DispatchConfig
+from workers.expert.server import ExpertServer, ExpertSettings
 
 GOLDEN = goldens("default")[1]
 ROWS = np.zeros((1, 128), np.float32)
@@ -263,4 +263,4 @@ def test_broken_checkpoint_is_refused_before_anything_listens(broken: tuple[Path
     with pytest.raises(ModelBroken, match=name.replace(".", r"\.")):
         AttentionServer("both-0", checkpoint_dir=folder, settings=settings)
     with pytest.raises(ModelBroken, match=name.replace(".", r"\.")):
-        ExpertServer("expert-0", checkpoint_dir=folder, config=ExpertConfig(), host=HOST)
+        ExpertServer("expert-0", checkpoint_dir=folder, settings=ExpertSettings(host=HOST))

@@ -11,7 +11,7 @@ from model.checkpoint import Checkpoint
 from tests.integration.workers.lab import PAGE_TOKENS, Cluster, open_cluster, run_test
 from tests.reference_data import INDEX_MARGIN, LOGIT_TOLERANCE, SHAPES, Golden, checkpoint_dir, goldens
 from wire.metrics import Metrics
-from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.scoring import ScoreSpec
 from workers.attention.types import NewToken, Sampling, SequenceSpec, Source
 from workers.config import AttentionConfig
@@ -24,9 +24,8 @@ def one_process(
 ) -> list[list[int]]:
     """The text of each prompt, alone, in an engine that holds every expert."""
     checkpoint = Checkpoint.open(checkpoint_dir(shape))
-    engine = build_engine(
+    engine = build_whole_engine(
         checkpoint,
-        InProcessExperts.load(checkpoint),
         config=EngineConfig(group=AttentionConfig(num_pages=64)),
         metrics=Metrics("attention"),
     )
@@ -122,8 +121,7 @@ def test_scores_are_those_of_one_process_bit_for_bit() -> None:
     golden = goldens("mtp")[2]
     checkpoint = Checkpoint.open(checkpoint_dir("mtp"))
     config = EngineConfig(group=AttentionConfig(num_pages=64))
-    experts = InProcessExperts.load(checkpoint)
-    engine = build_engine(checkpoint, experts, config=config, metrics=Metrics("attention"))
+    engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     alone = engine.score(ScoreSpec(token_ids=golden.prompt, chunk_tokens=11)).result(timeout=30)
     engine.stop()

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import checkpoint as command
-from model import sizes
+from model import quantize, sizes
 from model.errors import CheckpointInvalid
 from tests.reference_data import SHAPES, checkpoint_dir
 
@@ -42,6 +42,37 @@ def test_make_writes_what_inspect_accepts(tmp_path: Path) -> None:
     assert json.loads(made.stdout)["num_files"] == 2
 
 
+@pytest.mark.parametrize("to", get_args(command.QuantisedName))
+def test_quantize_writes_what_inspect_accepts(tmp_path: Path, to: str) -> None:
+    src, out = str(tmp_path / "src"), str(tmp_path / "out")
+    RUNNER.invoke(command.app, ["make", src, "--shards", "3"])
+    quantised = RUNNER.invoke(command.app, ["quantize", src, out, "--to", to, "--json"])
+    inspected = RUNNER.invoke(command.app, ["inspect", out, "--json"])
+    assert (quantised.exit_code, inspected.exit_code) == (0, 0)
+    assert json.loads(quantised.stdout) == json.loads(inspected.stdout)
+    assert json.loads(quantised.stdout)["num_files"] == 3
+    assert {"fp8": "F8_E4M3", "int8": "I8"}[to] in json.loads(quantised.stdout)["dtype_bytes"]
+
+
+def test_quantize_for_people_names_the_types(tmp_path: Path) -> None:
+    src, out = str(tmp_path / "src"), str(tmp_path / "out")
+    RUNNER.invoke(command.app, ["make", src, "--dtype", "float32"])
+    arguments = ["quantize", src, out, "--to", "int8", "--shards", "2"]
+    result = RUNNER.invoke(command.app, arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "I8 1.1 MiB in 2 file(s)" in result.stdout
+
+
+def test_quantizing_twice_is_refused(tmp_path: Path) -> None:
+    src, out = str(tmp_path / "src"), str(tmp_path / "out")
+    RUNNER.invoke(command.app, ["make", src, "--dtype", "fp8"])
+    result = RUNNER.invoke(command.app, ["quantize", src, out, "--to", "fp8"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, CheckpointInvalid)
+    assert "already" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_checkpoint_names_the_tensor(tmp_path: Path) -> None:
     RUNNER.invoke(command.app, ["make", str(tmp_path / "m"), "--shards", "2"])
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
@@ -69,6 +100,10 @@ def test_existing_directory_is_refused(tmp_path: Path) -> None:
         ["make", "x", "--dtype", "int4"],
         ["make", "x", "--shards", "0"],
         ["make", "x", "--seed", "one"],
+        ["quantize", "/no/such/directory", "x", "--to", "fp8"],
+        ["quantize", "/tmp", "x"],
+        ["quantize", "/tmp", "x", "--to", "int4"],
+        ["quantize", "/tmp", "x", "--to", "fp8", "--shards", "0"],
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
@@ -78,6 +113,7 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
 def test_names_are_those_of_the_model_package() -> None:
     assert get_args(command.SizeName) == get_args(sizes.SizeName)
     assert get_args(command.DtypeName) == get_args(sizes.DtypeName)
+    assert get_args(command.QuantisedName) == get_args(quantize.QuantisedName)
 
 
 def test_module_loads_without_torch() -> None:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from model.batch import DenseCache, make_batch
+from model.cache_layout import KeyForm
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
-from model.kernels.grouped_experts import LocalExperts
+from model.kernels.base import Kernels
+from model.kernels.choose import choose_kernels
+from model.local_experts import LocalExperts
+from model.precision import Precision
 from model.tensor_names import expected_tensors
 from model.transformer import Transformer
-from model.weights import load_model_weights
+from model.weights import Packing, load_model_weights
 from tests.reference_data import checkpoint_dir
 
 SMALL_CONFIG: dict[str, Any] = {
@@ -69,22 +73,33 @@ class Model:
     transformer: Transformer
     experts: LocalExperts
 
-    def cache(self) -> DenseCache:
-        return DenseCache(num_layers=self.config.num_cache_layers, width=self.config.cache_width)
+    def cache(self, key_form: KeyForm = "float32") -> DenseCache:
+        return DenseCache(num_layers=self.config.num_cache_layers, layout=self.config.cache_layout(key_form))
 
 
 @functools.cache
-def load_model(directory: Path, *, zero_first_embedding: bool = False) -> Model:
+def load_model(
+    directory: Path,
+    *,
+    zero_first_embedding: bool = False,
+    kernels: Kernels | None = None,
+    precision: Precision = "float32",
+) -> Model:
     """The model of a checkpoint directory; kept, since nothing in it changes."""
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(directory)
-    weights = load_model_weights(checkpoint)
-    transformer = Transformer(checkpoint.config, weights, zero_first_embedding=zero_first_embedding)
-    return Model(checkpoint.config, transformer, LocalExperts.load(checkpoint))
+    packing = Packing(kernels=kernels or choose_kernels(num_threads=1), precision=precision)
+    transformer = Transformer(
+        checkpoint.config,
+        load_model_weights(checkpoint, packing),
+        packing.kernels,
+        zero_first_embedding=zero_first_embedding,
+    )
+    return Model(checkpoint.config, transformer, LocalExperts.load(checkpoint, packing))
 
 
-def reference_model(shape: str, *, zero_first_embedding: bool = False) -> Model:
-    return load_model(checkpoint_dir(shape), zero_first_embedding=zero_first_embedding)
+def reference_model(shape: str, **options: Any) -> Model:
+    return load_model(checkpoint_dir(shape), **options)
 
 
 @dataclass
@@ -115,13 +130,24 @@ class Run:
     trace: Recorder
 
 
-def run_prompt(model: Model, prompt: Sequence[int], *, chunk: int = 1 << 30) -> Run:
-    """A prompt in chunks of so many tokens; 1 is what decoding does."""
-    cache, trace = model.cache(), Recorder()
+def run_prompt(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    chunk: int = 1 << 30,
+    prompt_tokens: int | None = None,
+    key_form: KeyForm = "float32",
+) -> Run:
+    """A prompt in chunks of so many tokens; 1 is what decoding does.
+
+    Tokens from prompt_tokens on count as generated, None = all are prompt.
+    """
+    cache, trace = model.cache(key_form), Recorder()
+    prompts = None if prompt_tokens is None else [prompt_tokens]
     logits, drafts = [], []
     for begin in range(0, len(prompt), chunk):
         part = prompt[begin : begin + chunk]
-        batch = make_batch([part], first_positions=[begin])
+        batch = make_batch([part], first_positions=[begin], prompt_tokens=prompts)
         hidden = model.transformer.forward(batch, cache.view(batch), model.experts, trace)
         logits.append(model.transformer.logits(hidden))
         next_ids = prompt[begin + 1 : begin + 1 + chunk]
@@ -157,7 +183,7 @@ def greedy(model: Model, prompt: Sequence[int], *, num_tokens: int) -> list[int]
     """The greedy continuation, one token a step, end of sequence ignored."""
     cache, ids, pending = model.cache(), list(prompt), list(prompt)
     while len(ids) < len(prompt) + num_tokens:
-        batch = make_batch([pending], first_positions=[len(ids) - len(pending)])
+        batch = make_batch([pending], first_positions=[len(ids) - len(pending)], prompt_tokens=[len(prompt)])
         hidden = model.transformer.forward(batch, cache.view(batch), model.experts)
         pending = [int(model.transformer.logits(hidden[-1:]).argmax())]
         ids += pending

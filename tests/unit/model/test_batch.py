@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.batch import DenseCache, Span, make_batch
+from model.batch import DenseCache, LayerCache, Span, make_batch
+from model.cache_layout import CacheLayout
 
 
 def test_docstring_example() -> None:
@@ -21,25 +22,61 @@ def test_spans_cover_all_rows_in_order(parts: list[tuple[int, int]]) -> None:
     assert [(span.num_rows, span.first_position) for span in batch.spans] == parts
 
 
-def test_cache_keeps_sequences_apart() -> None:
-    cache = DenseCache(num_layers=1, width=2)
+def test_prompt_lengths_go_to_their_spans() -> None:
+    batch = make_batch([[5, 6], [7]], first_positions=[0, 9], prompt_tokens=[2, 4])
+    assert batch.spans == (Span(0, 2, 2, 2), Span(2, 3, 10, 4))
+
+
+def _cache(*, num_layers: int = 1) -> DenseCache:
+    """Of rows of three values: latent, rope key, indexer key (of one value, which no kernel takes)."""
+    return DenseCache(num_layers=num_layers, layout=CacheLayout(latent=1, rope=1, index=1))
+
+
+def _rows(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None].expand(-1, 3)
+
+
+def _context(cached: LayerCache, span_idx: int) -> list[float]:
+    """The first value of a sequence's rows, by position."""
+    return cached.rows_NW[cached.context_S[span_idx], 0].tolist()
+
+
+def test_cache_keeps_sequences_and_layers_apart() -> None:
+    cache = _cache(num_layers=2)
     batch = make_batch([[1, 1], [1]], first_positions=[0, 0])
     view = cache.view(batch, [7, 8])
-    view.append(0, torch.arange(6.0).view(3, 2))
-    assert view.context(0, 0).tolist() == [[0, 1], [2, 3]]
-    assert view.context(0, 1).tolist() == [[4, 5]]
+    view.layer(0).append(_rows(0, 1, 2))
+    view.layer(1).append(_rows(3, 4, 5))
+    contexts = [[_context(view.layer(layer_idx), span_idx) for span_idx in (0, 1)] for layer_idx in (0, 1)]
+    assert contexts == [[[0, 1], [2]], [[3, 4], [5]]]
+
+
+def test_cache_keeps_rows_when_it_grows() -> None:
+    cache = _cache()
+    first = make_batch([list(range(10))], first_positions=[0])
+    cache.view(first).layer(0).append(_rows(*range(10)))
+    second = make_batch([list(range(30))], first_positions=[10])
+    cached = cache.view(second).layer(0)
+    cached.append(_rows(*range(10, 40)))
+    assert _context(cached, 0) == list(range(40))
+
+
+def test_context_is_as_long_as_its_span_says() -> None:
+    cache = _cache()
+    cache.view(make_batch([[1, 2, 3]], first_positions=[0])).layer(0).append(_rows(1, 2, 3))
+    again = cache.view(make_batch([[9]], first_positions=[1])).layer(0)
+    assert len(again.context_S[0]) == 2
 
 
 def test_rows_after_a_rewritten_position_are_forgotten() -> None:
-    cache = DenseCache(num_layers=1, width=1)
-    first = make_batch([[1, 2, 3]], first_positions=[0])
-    cache.view(first).append(0, torch.tensor([[1.0], [2.0], [3.0]]))
-    again = make_batch([[9]], first_positions=[1])
-    cache.view(again).append(0, torch.tensor([[9.0]]))
-    assert cache.view(again).context(0, 0).tolist() == [[1], [9]]
+    cache = _cache()
+    cache.view(make_batch([[1, 2, 3]], first_positions=[0])).layer(0).append(_rows(1, 2, 3))
+    cached = cache.view(make_batch([[9]], first_positions=[1])).layer(0)
+    cached.append(_rows(9))
+    assert _context(cached, 0) == [1, 9]
 
 
 def test_gap_in_a_sequence_is_an_error() -> None:
     batch = make_batch([[1]], first_positions=[4])
-    with pytest.raises(IndexError, match="has 0 rows in layer 0, and the batch begins at position 4"):
-        DenseCache(num_layers=1, width=1).view(batch).append(0, torch.zeros(1, 1))
+    with pytest.raises(IndexError, match="sequence 0 has 0 rows, and the batch begins at position 4"):
+        _cache().view(batch)

@@ -8,14 +8,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, expected_tensors
-from model.config import ModelConfig
+from model.config import INT8_SCHEME, ModelConfig
 from model.errors import CheckpointInvalid
 from model.fp8_blocks import dequantize_blocks
-from model.weights import load_expert, load_model_weights
+from model.kernels.plain import TorchKernels
+from model.weights import Packing, load_expert, load_model_weights
 from tests.reference_data import SHAPES, checkpoint_dir
 from tests.unit.model.harness import SMALL_CONFIG, random_tensors
 
 EXPERT = "model.layers.1.mlp.experts.3."
+PACKING = Packing(kernels=TorchKernels(), precision="float32")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -77,7 +79,7 @@ def test_missing_tensor_is_named(write: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointInvalid, match=rf"{EXPERT}up_proj.weight: missing tensor"):
         checkpoint.check()
     with pytest.raises(CheckpointInvalid, match=f"{EXPERT}up_proj.weight"):
-        load_expert(checkpoint, layer_idx=1, expert_idx=3)
+        load_expert(checkpoint, PACKING, layer_idx=1, expert_idx=3)
 
 
 def test_misshapen_tensor_is_named_with_both_shapes(write: Callable[..., Path]) -> None:
@@ -86,7 +88,7 @@ def test_misshapen_tensor_is_named_with_both_shapes(write: Callable[..., Path]) 
         checkpoint.check()
     assert (caught.value.wanted, caught.value.given) == ((32, 16), (32, 15))
     with pytest.raises(CheckpointInvalid, match=r"o_proj.weight: misshapen"):
-        load_model_weights(checkpoint)
+        load_model_weights(checkpoint, PACKING)
 
 
 def test_unsupported_dtype_is_named(write: Callable[..., Path]) -> None:
@@ -119,23 +121,93 @@ def test_fp8_tensor_without_usable_scale(
         checkpoint.read(FP8_NAME, shape=(48, 32))
 
 
+INT8_NAME = f"{EXPERT}up_proj.weight"
+INT8_CONFIG = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], **INT8_SCHEME}},
+    }
+}
+
+
+def test_read_multiplies_int8_channels_out(write: Callable[..., Path]) -> None:
+    codes = torch.arange(16 * 32).reshape(16, 32).remainder(255).sub(127).to(torch.int8)
+    factor = torch.linspace(0, 2, 16)[:, None]
+    checkpoint = Checkpoint.open(write({INT8_NAME: codes, f"{INT8_NAME}_scale": factor}, **INT8_CONFIG))
+    checkpoint.check()
+    assert checkpoint.dtype(INT8_NAME) == "I8"
+    assert torch.equal(checkpoint.read(INT8_NAME, shape=(16, 32)), codes.float() * factor)
+
+
+def test_int8_codes_are_held_as_stored(write: Callable[..., Path]) -> None:
+    codes, factor = torch.full((16, 32), 3, dtype=torch.int8), torch.full((16, 1), 0.5)
+    checkpoint = Checkpoint.open(write({INT8_NAME: codes, f"{INT8_NAME}_scale": factor}, **INT8_CONFIG))
+    stored = checkpoint.read_stored(INT8_NAME, shape=(16, 32))
+    got_codes, got_factor = stored.to_int8()
+    assert stored.form == "int8"
+    assert torch.equal(got_codes, codes)
+    assert torch.equal(got_factor, factor[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "config", "problem"),
+    [
+        (None, INT8_CONFIG, f"{INT8_NAME}_scale: missing scale of INT8 tensor {INT8_NAME}"),
+        (torch.ones(16), INT8_CONFIG, rf"{INT8_NAME}_scale: misshapen scale \(wanted \(16, 1\)"),
+        (torch.ones(1, 16), INT8_CONFIG, f"{INT8_NAME}_scale: misshapen scale"),
+        (torch.ones(16, 1).half(), INT8_CONFIG, f"{INT8_NAME}_scale: unsupported dtype"),
+        (torch.ones(16, 1), {}, f"{INT8_NAME}: INT8 tensor, but config.json has no quantization_config"),
+        (
+            torch.ones(16, 1),
+            FP8_CONFIG,
+            f"{INT8_NAME}: INT8 tensor, but config.json has no quantization_config",
+        ),
+    ],
+)
+def test_int8_tensor_without_usable_scale(
+    write: Callable[..., Path], scale: Tensor | None, config: dict[str, object], problem: str
+) -> None:
+    changes = {INT8_NAME: torch.ones(16, 32).to(torch.int8), f"{INT8_NAME}_scale": scale}
+    checkpoint = Checkpoint.open(write(changes, **config))
+    with pytest.raises(CheckpointInvalid, match=problem):
+        checkpoint.check()
+    with pytest.raises(CheckpointInvalid, match=problem):
+        checkpoint.read(INT8_NAME, shape=(16, 32))
+    with pytest.raises(CheckpointInvalid, match=problem):
+        load_expert(checkpoint, PACKING, layer_idx=1, expert_idx=3)
+
+
+def test_int8_outside_the_routed_experts_is_refused(write: Callable[..., Path]) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    changes = {name: torch.ones(32, 16).to(torch.int8), f"{name}_scale": torch.ones(32, 1)}
+    with pytest.raises(CheckpointInvalid, match=r"o_proj.weight: unsupported dtype.*given I8"):
+        Checkpoint.open(write(changes, **INT8_CONFIG)).check()
+
+
+def test_fp8_tensor_of_an_int8_config_is_refused(write: Callable[..., Path]) -> None:
+    changes = {
+        FP8_NAME: torch.ones(48, 32).to(torch.float8_e4m3fn),
+        f"{FP8_NAME}_scale_inv": torch.ones(1, 1),
+    }
+    with pytest.raises(CheckpointInvalid, match=r"no quantization_config of FP8 blocks"):
+        Checkpoint.open(write(changes, **INT8_CONFIG)).check()
+
+
 def test_one_expert_loads_when_only_its_shard_is_there(sharded: Path) -> None:
-    whole = load_expert(Checkpoint.open(sharded), layer_idx=1, expert_idx=3)
+    whole = load_expert(Checkpoint.open(sharded), PACKING, layer_idx=1, expert_idx=3)
     (sharded / SHARDS[0]).unlink()
-    alone = load_expert(Checkpoint.open(sharded), layer_idx=1, expert_idx=3)
-    assert torch.equal(alone.down_DF, whole.down_DF)
-    assert alone.gate_FD.shape == (16, 32)
+    alone = load_expert(Checkpoint.open(sharded), PACKING, layer_idx=1, expert_idx=3)
+    x = torch.ones(2, 32)
+    assert torch.equal(alone(x), whole(x))
+    assert alone.num_bytes == 3 * 16 * 32 * 4
 
 
 def test_model_weights_load_when_only_an_experts_shard_is_gone(sharded: Path) -> None:
     (sharded / SHARDS[1]).unlink()
-    seen: list[tuple[int, int]] = []
-    weights = load_model_weights(
-        Checkpoint.open(sharded), on_progress=lambda done, total: seen.append((done, total))
-    )
+    weights = load_model_weights(Checkpoint.open(sharded), PACKING)
     assert len(weights.layers) == 2
     assert weights.mtp is not None
-    assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:

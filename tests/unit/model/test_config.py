@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from model.config import ModelConfig, YarnConfig, load_config
+from model.config import INT8_SCHEME, ModelConfig, YarnConfig, load_config
 from model.errors import CheckpointInvalid, ConfigInvalid
 from tests.reference_data import SHAPES, checkpoint_dir, unit_parameters
 from tests.unit.model.harness import SMALL_CONFIG
@@ -23,7 +23,9 @@ def test_reference_configs_are_read(shape: str) -> None:
     raw = json.loads((checkpoint_dir(shape) / "config.json").read_text())
     config = load_config(checkpoint_dir(shape))
     assert config.index_topk == raw["index_topk"]
-    assert config.cache_width == raw["kv_lora_rank"] + raw["qk_rope_head_dim"] + raw["index_head_dim"]
+    assert (
+        config.cache_layout().width == raw["kv_lora_rank"] + raw["qk_rope_head_dim"] + raw["index_head_dim"]
+    )
     assert (config.weight_block_size is not None) == (shape == "fp8")
 
 
@@ -126,12 +128,66 @@ def test_yarn_fields_are_named(changes: dict[str, object], field: str) -> None:
     assert caught.value.field == field
 
 
+def _int8_quantization(**changes: Any) -> dict[str, Any]:
+    groups = {"g": {"targets": ["Linear"], **{part: dict(keys) for part, keys in INT8_SCHEME.items()}}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": groups,
+        **changes,
+    }
+
+
+def test_int8_channels_are_read() -> None:
+    config = _config(quantization_config=_int8_quantization())
+    assert config.has_int8_channels
+    assert config.weight_block_size is None
+    assert not _config().has_int8_channels
+
+
+def test_keys_that_compressed_tensors_leaves_out_have_its_defaults() -> None:
+    quantization = _int8_quantization()
+    del quantization["config_groups"]["g"]["weights"]["symmetric"]
+    del quantization["config_groups"]["g"]["weights"]["dynamic"]
+    assert _config(quantization_config=quantization).has_int8_channels
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("weights", "num_bits", 4),
+        ("weights", "type", "float"),
+        ("weights", "symmetric", False),
+        ("weights", "strategy", "group"),
+        ("weights", "strategy", None),
+        ("input_activations", "dynamic", False),
+        ("input_activations", "strategy", "tensor"),
+    ],
+)
+def test_other_schemes_of_compressed_tensors_are_named(part: str, key: str, value: object) -> None:
+    quantization = _int8_quantization()
+    quantization["config_groups"]["g"][part][key] = value
+    with pytest.raises(ConfigInvalid) as caught:
+        _config(quantization_config=quantization)
+    assert caught.value.field == f"quantization_config.config_groups.g.{part}.{key}"
+    assert caught.value.given == value
+
+
 @pytest.mark.parametrize(
     ("quantization", "field"),
     [
         ({"quant_method": "awq"}, "quantization_config.quant_method"),
         ({"quant_method": "fp8", "weight_block_size": [128, 64]}, "quantization_config.weight_block_size"),
         ({"quant_method": "fp8"}, "quantization_config.weight_block_size"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config.format"),
+        (_int8_quantization(format="pack-quantized"), "quantization_config.format"),
+        (_int8_quantization(config_groups={}), "quantization_config.config_groups"),
+        (_int8_quantization(config_groups=[]), "quantization_config.config_groups"),
+        (_int8_quantization(config_groups={"g": 1}), "quantization_config.config_groups.g.weights"),
+        (
+            _int8_quantization(config_groups={"g": {"weights": INT8_SCHEME["weights"]}}),
+            "quantization_config.config_groups.g.input_activations",
+        ),
     ],
 )
 def test_quantization_fields_are_named(quantization: dict[str, object], field: str) -> None:

@@ -1,16 +1,11 @@
 """The fast model against the goldens: whole, in chunks, step by step, in company."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from model.batch import make_batch
 from model.errors import ConfigInvalid
-from model.make import make_checkpoint
-from model.sizes import SIZES
 from tests.reference_data import (
     INDEX_MARGIN,
     LOGIT_TOLERANCE,
@@ -19,16 +14,17 @@ from tests.reference_data import (
     Golden,
     goldens,
 )
-from tests.unit.model.harness import (
-    greedy,
-    load_model,
-    reference_model,
-    run_prompt,
-    run_together,
-)
+from tests.unit.model.harness import Model, greedy, reference_model, run_prompt, run_together
+from tests.unit.model.implementations import IMPLEMENTATIONS, named_kernels
 
 ALL = goldens(*SHAPES)
-CHUNKS = (1, 5, 17, 1 << 30)
+WHOLE = 1 << 30
+RUNS = [*(("best", chunk) for chunk in (1, 5, 17, WHOLE)), *((name, 7) for name in IMPLEMENTATIONS)]
+"""Kernels and chunks: every chunk on those that a worker takes here, one on each of the others."""
+
+
+def _model(shape: str, name: str = "best", **options: bool) -> Model:
+    return reference_model(shape, kernels=named_kernels(name), **options)
 
 
 def _differing_rows(golden_ids: Tensor, got_ids: Tensor) -> Tensor:
@@ -46,18 +42,27 @@ def _pad_columns(parts: list[Tensor]) -> Tensor:
     return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=-1) for p in parts])
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("name", "chunk"), RUNS)
 @pytest.mark.parametrize("golden", ALL, ids=str)
-def test_logits_equal_the_golden_in_any_chunks(golden: Golden, chunk: int) -> None:
-    run = run_prompt(reference_model(golden.shape), golden.prompt, chunk=chunk)
+def test_logits_equal_the_golden_in_any_chunks(golden: Golden, name: str, chunk: int) -> None:
+    run = run_prompt(_model(golden.shape, name), golden.prompt, chunk=chunk)
     deviation = (run.logits - golden.tensor("logits")).abs().max()
     assert deviation <= LOGIT_TOLERANCE * golden.logit_std
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 30])
+@pytest.mark.parametrize(("name", "chunk"), RUNS)
 @pytest.mark.parametrize("golden", ALL, ids=str)
-def test_experts_are_those_of_the_golden(golden: Golden, chunk: int) -> None:
-    model = reference_model(golden.shape)
+def test_logits_of_generated_tokens_equal_the_golden(golden: Golden, name: str, chunk: int) -> None:
+    """All but the first two tokens count as generated: they take the absorbed form of attention."""
+    run = run_prompt(_model(golden.shape, name), golden.prompt, chunk=chunk, prompt_tokens=2)
+    deviation = (run.logits - golden.tensor("logits")).abs().max()
+    assert deviation <= LOGIT_TOLERANCE * golden.logit_std
+
+
+@pytest.mark.parametrize(("name", "chunk"), RUNS)
+@pytest.mark.parametrize("golden", ALL, ids=str)
+def test_experts_are_those_of_the_golden(golden: Golden, name: str, chunk: int) -> None:
+    model = _model(golden.shape, name)
     trace = run_prompt(model, golden.prompt, chunk=chunk).trace
     for layer_idx in model.config.moe_layer_ids:
         differs = _differing_rows(
@@ -72,10 +77,10 @@ def test_experts_are_those_of_the_golden(golden: Golden, chunk: int) -> None:
         )
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 30])
+@pytest.mark.parametrize(("name", "chunk"), RUNS)
 @pytest.mark.parametrize("golden", [g for g in ALL if g.has("index.0")], ids=str)
-def test_selected_positions_are_those_of_the_golden(golden: Golden, chunk: int) -> None:
-    model = reference_model(golden.shape)
+def test_selected_positions_are_those_of_the_golden(golden: Golden, name: str, chunk: int) -> None:
+    model = _model(golden.shape, name)
     trace = run_prompt(model, golden.prompt, chunk=chunk).trace
     for layer_idx in range(model.config.num_hidden_layers):
         got = _pad_columns(trace.indexer_ids[layer_idx])
@@ -85,37 +90,39 @@ def test_selected_positions_are_those_of_the_golden(golden: Golden, chunk: int) 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trace_lists_everything_visible_below_index_topk(shape: str) -> None:
-    trace = run_prompt(reference_model(shape), [9, 8, 7], chunk=2).trace
+    trace = run_prompt(_model(shape), [9, 8, 7], chunk=2).trace
     assert [ids.tolist() for ids in trace.indexer_ids[0]] == [[[0, -1], [0, 1]], [[0, 1, 2]]]
 
 
+@pytest.mark.parametrize("name", ["best", "torch"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_prompts_in_one_batch_equal_their_goldens(shape: str) -> None:
+def test_prompts_in_one_batch_equal_their_goldens(shape: str, name: str) -> None:
     cases = goldens(shape)
     chunks = [(7, 1, 13, 30)[i % 4] for i in range(len(cases))]
-    together = run_together(reference_model(shape), [g.prompt for g in cases], chunks=chunks)
+    together = run_together(_model(shape, name), [g.prompt for g in cases], chunks=chunks)
     deviations = [
         float((got - g.tensor("logits")).abs().max()) for got, g in zip(together, cases, strict=True)
     ]
     assert max(deviations) <= LOGIT_TOLERANCE * cases[0].logit_std
 
 
+@pytest.mark.parametrize("name", ["best", "torch"])
 @pytest.mark.parametrize("golden", ALL, ids=str)
-def test_greedy_text_is_that_of_the_golden(golden: Golden) -> None:
+def test_greedy_text_is_that_of_the_golden(golden: Golden, name: str) -> None:
     expected = golden.tensor("greedy").tolist()
-    assert greedy(reference_model(golden.shape), golden.prompt, num_tokens=len(expected)) == expected
+    assert greedy(_model(golden.shape, name), golden.prompt, num_tokens=len(expected)) == expected
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize(("name", "chunk"), RUNS)
 @pytest.mark.parametrize("golden", goldens("mtp"), ids=str)
-def test_mtp_logits_equal_the_golden(golden: Golden, chunk: int) -> None:
-    got = run_prompt(reference_model("mtp"), golden.prompt, chunk=chunk).mtp_logits
+def test_mtp_logits_equal_the_golden(golden: Golden, name: str, chunk: int) -> None:
+    got = run_prompt(_model("mtp", name), golden.prompt, chunk=chunk).mtp_logits
     assert (got - golden.tensor("mtp.logits")).abs().max() <= LOGIT_TOLERANCE * golden.logit_std
 
 
 @pytest.mark.parametrize("golden", goldens("mtp"), ids=str)
 def test_mtp_with_zeroed_first_embedding_equals_its_golden(golden: Golden) -> None:
-    model = reference_model("mtp", zero_first_embedding=True)
+    model = _model("mtp", zero_first_embedding=True)
     got = run_prompt(model, golden.prompt).mtp_logits
     expected = golden.tensor("mtp_pos0_zeroed.logits").float()
     # Stored in float16: 11 bits of values up to 10 leave errors up to 4e-3.
@@ -123,51 +130,7 @@ def test_mtp_with_zeroed_first_embedding_equals_its_golden(golden: Golden) -> No
 
 
 def test_mtp_of_a_model_without_it_is_refused() -> None:
-    model = reference_model("default")
+    model = _model("default")
     batch = make_batch([[3]], first_positions=[0])
     with pytest.raises(ConfigInvalid, match="num_nextn_predict_layers"):
         model.transformer.mtp_logits(batch, torch.zeros(1, 128), model.cache().view(batch), model.experts)
-
-
-@pytest.fixture
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Sets torch's threads for one test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bits_do_not_depend_on_chunks_company_or_threads(shape: str, num_threads: int) -> None:
-    model = reference_model(shape)
-    prompts = [golden.prompt for golden in goldens(shape)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = [run_prompt(model, prompt).logits for prompt in prompts]
-    torch.set_num_threads(before)
-    together = run_together(model, prompts, chunks=[(1, 9, 4, 2)[i % 4] for i in range(len(prompts))])
-    assert [torch.equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(prompts)
-
-
-@pytest.mark.parametrize("chunk", [1, 100, 333])
-def test_bits_do_not_depend_on_chunks_over_a_long_context(tmp_path: Path, chunk: int) -> None:
-    """700 tokens cross every boundary of `linear`'s inner sums; index_topk 64, so dense and sparse rows."""
-    make_checkpoint(tmp_path / "tiny", size="tiny", seed=4)
-    model = load_model(tmp_path / "tiny")
-    prompt = torch.randint(0, 277, (700,), generator=torch.Generator().manual_seed(2)).tolist()
-    whole = run_prompt(model, prompt)
-    parts = run_prompt(model, prompt, chunk=chunk)
-    assert SIZES["tiny"]["index_topk"] == 64
-    assert torch.equal(whole.logits, parts.logits)
-    assert torch.equal(whole.mtp_logits, parts.mtp_logits)
-
-
-@pytest.mark.parametrize("block_values", [1, 3000, 40000])
-def test_bits_do_not_depend_on_the_memory_bound(monkeypatch: pytest.MonkeyPatch, block_values: int) -> None:
-    golden = goldens("sparse")[3]
-    model = reference_model("sparse")
-    free = run_prompt(model, golden.prompt).logits
-    monkeypatch.setattr("model.attention.BLOCK_VALUES", block_values)
-    assert torch.equal(run_prompt(model, golden.prompt).logits, free)

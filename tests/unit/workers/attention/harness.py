@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.batch import PendingRows
 from model.checkpoint import Checkpoint
+from model.weights import Packing
 from tests.reference_data import checkpoint_dir
 from wire.errors import MorayError
 from wire.metrics import Metrics
@@ -30,7 +31,8 @@ from workers.attention.types import (
     SequenceSpec,
     Source,
 )
-from workers.config import AttentionConfig, KvConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig
+from workers.packing import make_packing
 
 WAIT_S = 30
 PAGE_TOKENS = 4
@@ -56,10 +58,11 @@ def make_spec(
 
 
 @functools.cache
-def open_reference(shape: str) -> tuple[Checkpoint, InProcessExperts]:
+def open_reference(shape: str) -> tuple[Checkpoint, Packing, InProcessExperts]:
     """A checkpoint and its experts; nothing in them changes."""
     checkpoint = Checkpoint.open(checkpoint_dir(shape))
-    return checkpoint, InProcessExperts.load(checkpoint)
+    packing = make_packing(AttentionConfig(), ComputeConfig())
+    return checkpoint, packing, InProcessExperts.load(checkpoint, packing)
 
 
 class DoorExperts:
@@ -210,12 +213,12 @@ _NUMBERS = itertools.count()
 @contextlib.contextmanager
 def open_engine(shape: str, *, page_tokens: int = PAGE_TOKENS, **group: Any) -> Iterator[Lab]:
     """An engine that must be empty at the end and whose thread must end."""
-    checkpoint, experts = open_reference(shape)
+    checkpoint, packing, experts = open_reference(shape)
     door, metrics = DoorExperts(experts), Metrics("attention")
     config = EngineConfig(
         group=AttentionConfig(**{"num_pages": 128, **group}), kv=KvConfig(page_tokens=page_tokens)
     )
-    lab = Lab(build_engine(checkpoint, door, config=config, metrics=metrics), door, metrics)
+    lab = Lab(build_engine(checkpoint, door, packing, config=config, metrics=metrics), door, metrics)
     lab.engine.start()
     try:
         yield lab

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.batch import DenseCache, make_batch
+from model.cache_layout import CacheLayout
 from workers.attention.cache import PagedCache
 
 NUM_LAYERS, WIDTH = 2, 3
+LAYOUT = CacheLayout(latent=1, rope=1, index=1)
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,24 @@ def cases(draw: st.DrawFn) -> Case:
 
 def _paged(case: Case) -> PagedCache:
     return PagedCache(
-        num_layers=NUM_LAYERS, num_pages=case.num_pages, page_tokens=case.page_tokens, width=WIDTH
+        num_layers=NUM_LAYERS, num_pages=case.num_pages, page_tokens=case.page_tokens, layout=LAYOUT
     )
 
 
 @given(case=cases(), seed=st.integers(0, 1000))
 def test_paged_view_equals_the_dense_cache(case: Case, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    paged, dense = _paged(case), DenseCache(num_layers=NUM_LAYERS, width=WIDTH)
+    paged, dense = _paged(case), DenseCache(num_layers=NUM_LAYERS, layout=LAYOUT)
     done = [0] * len(case.pages)
     for step in case.steps:
         batch = make_batch([[0] * n for _, n in step], first_positions=[done[i] for i, _ in step])
         views = paged.view(batch, [case.pages[i] for i, _ in step]), dense.view(batch, [i for i, _ in step])
         for layer_idx in range(NUM_LAYERS):
             rows_TW = torch.randn(batch.num_rows, WIDTH, generator=generator)
-            for view in views:
-                view.append(layer_idx, rows_TW)
-            got, wanted = ([view.context(layer_idx, i) for i in range(len(step))] for view in views)
+            layers = [view.layer(layer_idx) for view in views]
+            for layer in layers:
+                layer.append(rows_TW)
+            got, wanted = ([layer.rows_NW[ids_S] for ids_S in layer.context_S] for layer in layers)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         for i, num_tokens in step:
             done[i] += num_tokens
@@ -76,7 +79,7 @@ def test_rows_of_others_are_untouched(case: Case) -> None:
         paged.write(layer_idx, everything, torch.full((len(everything), WIDTH), 7.0))
     step = case.steps[0]
     batch = make_batch([[0] * n for _, n in step], first_positions=[0] * len(step))
-    paged.view(batch, [case.pages[i] for i, _ in step]).append(1, torch.zeros(batch.num_rows, WIDTH))
+    paged.view(batch, [case.pages[i] for i, _ in step]).layer(1).append(torch.zeros(batch.num_rows, WIDTH))
     written = {
         case.pages[i][token // case.page_tokens] * case.page_tokens + token % case.page_tokens
         for i, n in step
@@ -88,15 +91,18 @@ def test_rows_of_others_are_untouched(case: Case) -> None:
 
 
 def test_flat_rows_of_pages_out_of_order() -> None:
-    cache = PagedCache(num_layers=1, num_pages=6, page_tokens=4, width=1)
+    cache = PagedCache(num_layers=1, num_pages=6, page_tokens=4, layout=LAYOUT)
     assert cache.flat_rows([5, 0, 2], begin=3, end=9).tolist() == [23, 0, 1, 2, 3, 8]
 
 
 def test_what_is_read_is_a_copy() -> None:
-    cache = PagedCache(num_layers=1, num_pages=1, page_tokens=2, width=1)
+    cache = PagedCache(num_layers=1, num_pages=1, page_tokens=2, layout=LAYOUT)
     cache.read(0, torch.tensor([0])).fill_(9.0)
-    assert cache.read(0, torch.tensor([0])).tolist() == [[0.0]]
+    assert cache.read(0, torch.tensor([0])).tolist() == [[0.0] * WIDTH]
 
 
 def test_bytes_are_those_of_all_layers_and_pages() -> None:
-    assert PagedCache(num_layers=2, num_pages=3, page_tokens=4, width=5).num_bytes() == 2 * 3 * 4 * 5 * 4
+    layout = CacheLayout(latent=2, rope=2, index=4, key_form="int8")
+    assert layout.width == 6
+    cache = PagedCache(num_layers=2, num_pages=3, page_tokens=4, layout=layout)
+    assert cache.num_bytes() == 2 * 3 * 4 * 6 * 4

@@ -1,5 +1,6 @@
 """Forward: the answer is the kernel's, a wrong frame gets an ERROR frame and never an exception."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.kernels.grouped_experts import Assignments, expert_partial_sums_reference
-from model.weights import ExpertWeights
+from model.kernels.base import Assignments
+from model.kernels.plain import TorchKernels
+from model.matrix import Mlp, StoredMatrix
 from wire.frames import Array, Frame, FrameKind, decode_frame, encode_frame
 from wire.metrics import Metrics
 from workers.expert.service import ExpertService
@@ -18,12 +20,18 @@ from workers.expert.types import Slot
 
 HIDDEN, WIDTH, LAYER = 6, 4, 2
 HELD = (0, 3, 4)
+KERNELS = TorchKernels()
 
 
-def load(layer_idx: int, expert_idx: int) -> ExpertWeights:
+def load_expert(layer_idx: int, expert_idx: int) -> Mlp:
     generator = torch.Generator().manual_seed(layer_idx * 100 + expert_idx)
     gate, up, down = (torch.randn(WIDTH, HIDDEN, generator=generator) for _ in range(3))
-    return ExpertWeights(gate_FD=gate, up_FD=up, down_DF=down.T.contiguous())
+    gate, up, down = (StoredMatrix(values_FD=values) for values in (gate, up, down.T.contiguous()))
+    return KERNELS.pack_mlp(gate, up, down, "float32")
+
+
+def load(wanted: Sequence[tuple[int, int]]) -> list[tuple[tuple[int, int], Mlp]]:
+    return [(place, load_expert(*place)) for place in wanted]
 
 
 class Lab:
@@ -34,7 +42,7 @@ class Lab:
         slots = [Slot(LAYER, i, expert) for i, expert in enumerate(HELD)]
         store.prepare([*slots, Slot(5, 0, 1)], table_version=1)
         self.metrics = Metrics("expert")
-        self.service = ExpertService(store, hidden_size=HIDDEN, metrics=self.metrics)
+        self.service = ExpertService(store, KERNELS, hidden_size=HIDDEN, metrics=self.metrics)
 
     def answer(self, frame: Frame) -> Frame:
         """As over the wire: the arrays are read-only views of bytes."""
@@ -69,11 +77,11 @@ def with_tensor(idx: int, array: Array) -> Frame:
 
 
 @given(num_rows=st.integers(1, 9), num_pairs=st.integers(0, 20), seed=st.integers(0, 2**31))
-def test_answer_equals_the_kernels_reference_bit_for_bit(num_rows: int, num_pairs: int, seed: int) -> None:
+def test_answer_equals_the_kernels_sums_bit_for_bit(num_rows: int, num_pairs: int, seed: int) -> None:
     frame = forward(num_rows, num_pairs, seed=seed)
     x, rows, experts, weights = (torch.from_numpy(tensor) for tensor in frame.tensors)
     assignments = Assignments(row_idx_A=rows.long(), expert_idx_A=experts.long(), weights_A=weights)
-    wanted = expert_partial_sums_reference(x, assignments, {e: load(LAYER, e) for e in HELD})
+    wanted = KERNELS.expert_sums(x, assignments, {e: load_expert(LAYER, e) for e in HELD})
     reply = Lab().answer(frame)
     assert reply.kind is FrameKind.PARTIAL, reply.meta
     assert reply.tensors[0].dtype == np.float64
@@ -139,7 +147,7 @@ def test_unexpected_fault_is_an_error_frame_too(lab: Lab, monkeypatch: pytest.Mo
     def broken(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("workers.expert.service.expert_partial_sums", broken)
+    monkeypatch.setattr(KERNELS, "expert_sums", broken)
     reply = lab.answer(forward())
     assert reply.kind is FrameKind.ERROR
     assert reply.meta.startswith(b"InternalError: ")

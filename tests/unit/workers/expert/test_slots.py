@@ -1,14 +1,22 @@
 """Expert slots: what is loaded, what is kept, what is refused, and that nothing is ever half done."""
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import CheckpointInvalid
-from model.weights import ExpertWeights
+from model.kernels.plain import TorchKernels
+from model.matrix import Mlp, StoredMatrix
 from workers.expert.slots import SlotStore
 from workers.expert.types import Slot
+
+
+def _mlp(full: torch.Tensor) -> Mlp:
+    gate_up, down = StoredMatrix(values_FD=full), StoredMatrix(values_FD=full.T)
+    return TorchKernels().pack_mlp(gate_up, gate_up, down, "float32")
 
 
 class Loader:
@@ -18,12 +26,13 @@ class Loader:
         self.asked: list[tuple[int, int]] = []
         self.broken: set[tuple[int, int]] = set()
 
-    def __call__(self, layer_idx: int, expert_idx: int) -> ExpertWeights:
-        self.asked.append((layer_idx, expert_idx))
-        if (layer_idx, expert_idx) in self.broken:
-            raise CheckpointInvalid(f"experts.{expert_idx}", problem="missing")
-        full = torch.full((2, 3), float(layer_idx * 100 + expert_idx))
-        return ExpertWeights(gate_FD=full, up_FD=full, down_DF=full.T)
+    def __call__(self, wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Mlp]]:
+        for layer_idx, expert_idx in wanted:
+            self.asked.append((layer_idx, expert_idx))
+            if (layer_idx, expert_idx) in self.broken:
+                raise CheckpointInvalid(f"experts.{expert_idx}", problem="missing")
+            full = torch.full((2, 3), float(layer_idx * 100 + expert_idx))
+            yield (layer_idx, expert_idx), _mlp(full)
 
 
 @pytest.fixture
@@ -124,7 +133,7 @@ def test_any_sequence_of_placements_is_held_as_told(rounds: list[dict[tuple[int,
         assert store.slots() == tuple(sorted(slots))
         for layer_idx in range(3):
             experts = store.experts_of(layer_idx)
-            got = {expert: int(weights.gate_FD[0, 0]) for expert, weights in experts.items()}
+            got = {expert: int(weights.gate.stored.values_FD[0, 0]) for expert, weights in experts.items()}
             assert got == {expert: layer_idx * 100 + expert for layer, expert in wanted if layer == layer_idx}
         store.check_integrity()
         held = wanted

@@ -1,0 +1,80 @@
+"""Prompts sent to something that answers in tokens, and the moments at which the tokens came."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from model.profile import PARTS, StepClock
+
+Moments = list[list[float]]
+"""For each prompt the seconds at which its new tokens came."""
+Ask = Callable[[Sequence[Sequence[int]], int], Moments]
+"""Sends all prompts at once and waits for so many new tokens of each, end tokens ignored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Tokens per second over several runs."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+def random_prompts(num: int, *, num_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Prompts of random ids, special ones left out."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab_size) for _ in range(num_tokens)] for _ in range(num)]
+
+
+def prefill_rate(ask: Ask, prompts: Sequence[Sequence[int]]) -> Rate:
+    """Prompt tokens per second until the first new token, one prompt after another; the first warms up."""
+    rates = []
+    for prompt in prompts:
+        began_s = time.perf_counter()
+        first_s = ask([prompt], 1)[0][0]
+        rates.append(len(prompt) / (first_s - began_s))
+    return _rate(rates[1:] or rates)
+
+
+def decode_rate(ask: Ask, prompts: Sequence[Sequence[int]], *, num_tokens: int, repeats: int) -> Rate:
+    """New tokens per second of all prompts together, while every one of them is decoding."""
+    rates = []
+    for _ in range(repeats):
+        moments = ask(prompts, num_tokens)
+        begin_s, end_s = max(times[0] for times in moments), min(times[-1] for times in moments)
+        num_inside = sum(begin_s < moment <= end_s for times in moments for moment in times)
+        rates.append(num_inside / (end_s - begin_s))
+    return _rate(rates)
+
+
+def prefill_profile(ask: Ask, prompt: Sequence[int], clock: StepClock) -> dict[str, float]:
+    """Milliseconds of each part of the model for one prompt; `ask` marks the clock at every new token."""
+    clock.marks.clear()
+    clock.mark(time.perf_counter())
+    ask([prompt], 1)
+    return _mean_ms(clock.marks)
+
+
+def decode_profile(
+    ask: Ask, prompts: Sequence[Sequence[int]], clock: StepClock, *, num_tokens: int
+) -> dict[str, float]:
+    """Milliseconds of each part of the model in one step, while every prompt is decoding."""
+    clock.marks.clear()
+    moments = ask(prompts, num_tokens)
+    begin_s, end_s = max(times[0] for times in moments), min(times[-1] for times in moments)
+    return _mean_ms([mark for mark in clock.marks if begin_s <= mark[0] <= end_s])
+
+
+def _mean_ms(marks: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """What passed from the first mark to the last, for each of the steps between them."""
+    (begin_s, before), (end_s, after) = marks[0], marks[-1]
+    parts: dict[str, float] = {part: after.get(part, 0.0) - before.get(part, 0.0) for part in PARTS}
+    parts["python"] = end_s - begin_s - sum(parts.values())
+    return {part: 1e3 * part_s / (len(marks) - 1) for part, part_s in parts.items()}
+
+
+def _rate(rates: Sequence[float]) -> Rate:
+    return Rate(median=statistics.median(rates), lowest=min(rates), highest=max(rates))

@@ -1,0 +1,246 @@
+"""`moray bench throughput`: prefill and decode rates, held against what the machine allows."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cluster.bench.limits import MachineLimits, measure_limits
+from cluster.bench.places import Place, in_cluster, in_process
+from cluster.bench.streams import (
+    Ask,
+    Rate,
+    decode_profile,
+    decode_rate,
+    prefill_profile,
+    prefill_rate,
+    random_prompts,
+)
+from cluster.bench.work import Forms, StepWork, count_step
+from model.checkpoint import Checkpoint
+from model.config import ModelConfig
+from model.kernels.choose import choose_kernels
+from model.precision import Form, Precision, expert_form, matrix_form
+from model.profile import StepClock
+from model.tensor_names import expert_prefix
+from model.weights import OnProgress
+from wire.errors import ConfigError
+
+Topology = Literal["in-process", "cluster"]
+Phase = Literal["prefill", "decode"]
+SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputSpec:
+    """What to measure."""
+
+    model: str
+    """What a cluster is told: a directory or a name."""
+    path: Path
+    """Its directory."""
+    dtypes: tuple[Precision, ...]
+    topologies: tuple[Topology, ...]
+    batches: tuple[int, ...]
+    prefill_tokens: int
+    prompt_tokens: int
+    """Of the prompts that are decoded from."""
+    new_tokens: int
+    step_tokens: int
+    num_threads: int
+    num_experts: int
+    """Expert workers of a cluster."""
+    repeats: int
+    has_profile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement."""
+
+    topology: Topology
+    dtype: Precision
+    phase: Phase
+    batch: int
+    tokens_per_s: Rate
+    bound_tokens_per_s: float
+    """What the machine's rates allow one process that does nothing else."""
+    step_ms: dict[str, float] | None
+    """Part of the model -> milliseconds of one step; for prefill, of the whole prompt."""
+
+    @property
+    def share_of_bound(self) -> float:
+        """Of the bound, what was reached."""
+        return self.tokens_per_s.median / self.bound_tokens_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputReport:
+    """All measurements of one run, and the machine that they belong to."""
+
+    spec: ThroughputSpec
+    kernels: str
+    limits: MachineLimits
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for machines."""
+        spec = asdict(self.spec) | {"path": str(self.spec.path), "seed": SEED}
+        machine = {
+            "cpus": os.cpu_count(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "kernels": self.kernels,
+        }
+        rows = [asdict(row) | {"share_of_bound": row.share_of_bound} for row in self.rows]
+        return {"spec": spec, "machine": machine, "limits": asdict(self.limits), "rows": rows}
+
+
+def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None = None) -> ThroughputReport:
+    """Runs every measurement of a spec, one after another; on_progress counts experts while a model loads.
+
+    Raises:
+        ConfigError: the model's context is too short for what is asked.
+        MorayError: the model cannot be served.
+    """
+    checkpoint = Checkpoint.open(spec.path)
+    _check(spec, checkpoint.config)
+    kernels = choose_kernels(num_threads=spec.num_threads)
+    limits = measure_limits(kernels, num_threads=spec.num_threads)
+    rows: list[Row] = []
+    for topology in spec.topologies:
+        for dtype in spec.dtypes:
+            run = _Run(
+                spec=spec,
+                bound=_Bound(checkpoint, spec, dtype, limits),
+                vocab_size=checkpoint.config.vocab_size,
+                topology=topology,
+                dtype=dtype,
+                clock=StepClock() if spec.has_profile and topology == "in-process" else None,
+            )
+            with _asking(checkpoint, spec, run, on_progress) as ask:
+                rows += run.rows(ask)
+    return ThroughputReport(spec=spec, kernels=kernels.name, limits=limits, rows=tuple(rows))
+
+
+def stored_forms(checkpoint: Checkpoint, dtype: Precision) -> Forms:
+    """How a precision holds a checkpoint's weights; the query projection stands for the other matrices."""
+    layer_idx = checkpoint.config.moe_layer_ids[0]
+    expert = _stored_form(checkpoint, f"{expert_prefix(layer_idx, 0)}gate_proj.weight")
+    other = _stored_form(checkpoint, "model.layers.0.self_attn.q_a_proj.weight")
+    return Forms(experts=expert_form(dtype, stored=expert), others=matrix_form(dtype, stored=other))
+
+
+def _stored_form(checkpoint: Checkpoint, name: str) -> Form:
+    return checkpoint.read_stored(name, shape=checkpoint.shape(name)).form
+
+
+def _check(spec: ThroughputSpec, config: ModelConfig) -> None:
+    """Refuses prompts that the model has no context for."""
+    longest = max(spec.prefill_tokens + 1, spec.prompt_tokens + spec.new_tokens)
+    if longest > config.max_position_embeddings:
+        wanted = f"prompt and new tokens within the context of {config.max_position_embeddings}"
+        raise ConfigError(field="--prompt-tokens", wanted=wanted, given=str(longest))
+
+
+class _Bound:
+    """What the machine allows."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ThroughputSpec, dtype: Precision, limits: MachineLimits
+    ) -> None:
+        self._config = checkpoint.config
+        self._forms = stored_forms(checkpoint, dtype)
+        self._spec = spec
+        self._limits = limits
+
+    def prefill(self) -> float:
+        """Prompt tokens per second."""
+        num_tokens, step = self._spec.prefill_tokens, self._spec.step_tokens
+        steps = [range(begin, min(begin + step, num_tokens)) for begin in range(0, num_tokens, step)]
+        seconds = [
+            self._count(rows, num_scored=int(rows.stop == num_tokens), is_prompt=True).bound_s(self._limits)
+            for rows in steps
+        ]
+        return num_tokens / sum(seconds)
+
+    def decode(self, batch: int) -> float:
+        """New tokens per second, at the middle of the new tokens."""
+        position = self._spec.prompt_tokens + self._spec.new_tokens // 2
+        work = self._count([position] * batch, num_scored=batch, is_prompt=False)
+        return batch / work.bound_s(self._limits)
+
+    def _count(self, positions: Sequence[int], *, num_scored: int, is_prompt: bool) -> StepWork:
+        return count_step(
+            self._config, self._forms, positions=positions, num_scored=num_scored, is_prompt=is_prompt
+        )
+
+
+@contextlib.contextmanager
+def _asking(
+    checkpoint: Checkpoint, spec: ThroughputSpec, run: "_Run", on_progress: OnProgress | None
+) -> Iterator[Ask]:
+    most = max(spec.batches, default=1)
+    place = Place(
+        dtype=run.dtype,
+        num_threads=spec.num_threads,
+        num_cached_tokens=max(spec.prefill_tokens + 1, most * (spec.prompt_tokens + spec.new_tokens)),
+        step_tokens=spec.step_tokens,
+        num_requests=most,
+    )
+    if run.topology == "cluster":
+        with in_cluster(spec.model, place, num_experts=spec.num_experts) as ask:
+            yield ask
+    else:
+        with in_process(checkpoint, place, clock=run.clock, on_progress=on_progress) as ask:
+            yield ask
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One topology and precision."""
+
+    spec: ThroughputSpec
+    bound: _Bound
+    vocab_size: int
+    topology: Topology
+    dtype: Precision
+    clock: StepClock | None
+
+    def rows(self, ask: Ask) -> Iterator[Row]:
+        """Measures prefill, then every batch size."""
+        spec = self.spec
+        if spec.prefill_tokens:
+            prompts = self._prompts(spec.repeats + 1, spec.prefill_tokens)
+            rate = prefill_rate(ask, prompts)
+            profile = None if self.clock is None else prefill_profile(ask, prompts[0], self.clock)
+            yield self._row("prefill", 1, rate, self.bound.prefill(), profile)
+        for batch in spec.batches:
+            prompts = self._prompts(batch, spec.prompt_tokens)
+            rate = decode_rate(ask, prompts, num_tokens=spec.new_tokens, repeats=spec.repeats)
+            profile = None
+            if self.clock is not None:
+                profile = decode_profile(ask, prompts, self.clock, num_tokens=spec.new_tokens)
+            yield self._row("decode", batch, rate, self.bound.decode(batch), profile)
+
+    def _prompts(self, num: int, num_tokens: int) -> list[list[int]]:
+        return random_prompts(num, num_tokens=num_tokens, vocab_size=self.vocab_size, seed=SEED)
+
+    def _row(
+        self, phase: Phase, batch: int, rate: Rate, bound: float, profile: dict[str, float] | None
+    ) -> Row:
+        return Row(
+            topology=self.topology,
+            dtype=self.dtype,
+            phase=phase,
+            batch=batch,
+            tokens_per_s=rate,
+            bound_tokens_per_s=bound,
+            step_ms=profile,
+        )

@@ -1,0 +1,47 @@
+// Tiles of matrix products; see gemm.cpp for the layouts.
+#pragma once
+#include "vec.h"
+
+enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FP8 = 2, INT8 = 3 };
+
+constexpr int PANEL = 32;       // columns of a float panel
+constexpr int INT8_PANEL = 64;  // columns of an INT8 panel
+constexpr int INT8_ROWS = LANES == 16 ? 6 : (LANES == 8 ? 2 : 1);
+
+// A packed (F, K) weight.
+struct Weight {
+  int kind;
+  int num_columns;  // F
+  int width;        // K
+  int block;        // side of an FP8 block
+  const uint8_t* values;
+  const float* scales;    // FP8: (panels, ceil(K/block)); INT8: (F padded)
+  const int32_t* offset;  // INT8: 128 * sum of a column, (F padded)
+
+  int panel_columns() const { return kind == INT8 ? INT8_PANEL : PANEL; }
+  int num_panels() const { return (num_columns + panel_columns() - 1) / panel_columns(); }
+  size_t panel_bytes() const {
+    const size_t padded = kind == INT8 ? (width + 3) / 4 * 4 : width;
+    return padded * panel_columns() * (kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1);
+  }
+  // The h-th of several floats' weights behind each other.
+  Weight of_head(int h) const {
+    Weight mine = *this;
+    mine.values += (size_t)h * num_panels() * panel_bytes();
+    if (kind == FP8) mine.scales += (size_t)h * num_panels() * ((width + block - 1) / block);
+    return mine;
+  }
+};
+
+// Rows of activations: as floats, or quantised.
+struct Rows {
+  const float* const* values;      // a pointer a row
+  const uint8_t* const* quantised; // a pointer a row, INT8 only
+  const float* scales;             // one a row, INT8 only
+};
+
+// y[m][0:columns of the panel) = x[m] . panel, for m < num_rows <= rows_of_tile(kind).
+void multiply_tile(const Weight& w, int panel, const Rows& x, int num_rows, float* y, int y_stride);
+int rows_of_tile(int kind);
+// (K,) floats to bytes around 128 and the factor that brings them back.
+void quantise_row(const float* x, int width, uint8_t* q, float* scale);

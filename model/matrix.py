@@ -1,0 +1,128 @@
+"""Matrices as a checkpoint stores them and as kernels hold them.
+
+Letters: R rows, D inner width, F outer width, H heads.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from model.fp8_blocks import dequantize_blocks, quantize_blocks
+from model.precision import Form
+
+INT8_MAX = 127
+"""Largest INT8 magnitude used: the codes are symmetrical."""
+SMALLEST_MAXIMUM = 1e-30
+"""A row whose largest magnitude is below this is rounded to zeros: its inverse would not be a number."""
+DEFAULT_BLOCK = 128
+"""Side of the FP8 blocks made of a matrix that is stored otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMatrix:
+    """A matrix with the bytes of its file."""
+
+    values_FD: Tensor
+    """(F, D) float32, bfloat16, float16, float8_e4m3fn or int8; often a view of the mapped file."""
+    scale_inv: Tensor | None = None
+    """Factors of FP8 blocks, (ceil(F/block), ceil(D/block)) float32."""
+    block: int = DEFAULT_BLOCK
+    """Side of an FP8 block."""
+    factor_F: Tensor | None = None
+    """Factor of each output channel of INT8 codes, (F,) float32."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its values are codes, which mean something only with their factors."""
+        return self.scale_inv is not None or self.factor_F is not None
+
+    @property
+    def form(self) -> Form:
+        """The form that holds it without rounding."""
+        if self.scale_inv is not None:
+            return "fp8"
+        if self.factor_F is not None:
+            return "int8"
+        return "bfloat16" if self.values_FD.dtype == torch.bfloat16 else "float32"
+
+    def rows(self, begin: int, end: int) -> "StoredMatrix":
+        """Rows [begin, end), as far as there are; begin is a multiple of an FP8 block."""
+        blocks = slice(begin // self.block, -(-end // self.block))
+        return StoredMatrix(
+            values_FD=self.values_FD[begin:end],
+            scale_inv=None if self.scale_inv is None else self.scale_inv[blocks],
+            block=self.block,
+            factor_F=None if self.factor_F is None else self.factor_F[begin:end],
+        )
+
+    def to_float32(self) -> Tensor:
+        """(F, D) float32, factors multiplied out."""
+        if self.scale_inv is not None:
+            return dequantize_blocks(self.values_FD, self.scale_inv, block=self.block)
+        values_FD = self.values_FD.to(torch.float32)
+        return values_FD if self.factor_F is None else values_FD * self.factor_F[:, None]
+
+    def to_blocks(self) -> "StoredMatrix":
+        """The same in FP8 blocks; rounds unless it is stored so."""
+        if self.scale_inv is not None:
+            return self
+        values, scale_inv = quantize_blocks(self.to_float32(), block=DEFAULT_BLOCK)
+        return StoredMatrix(values_FD=values, scale_inv=scale_inv, block=DEFAULT_BLOCK)
+
+    def to_int8(self) -> tuple[Tensor, Tensor]:
+        """INT8 codes (F, D) and the factor of each output channel (F,); rounds unless it is stored so."""
+        if self.factor_F is not None:
+            return self.values_FD, self.factor_F
+        return quantize_columns(self.to_float32())
+
+
+class Matrix(Protocol):
+    """A weight (F, D) in some form."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+
+    def __call__(self, x_RD: Tensor, /) -> Tensor:
+        """`x @ W.T`: (R, F) float32 of (R, D) float32; a row's bits do not depend on other rows."""
+
+
+class HeadMatrix(Protocol):
+    """A weight (F, D) for each of H heads."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+
+    def __call__(self, x_RHD: Tensor, /) -> Tensor:
+        """Each head's product: (R, H, F) float32 of (R, H, D) float32."""
+
+
+class Mlp(Protocol):
+    """A SwiGLU: down(silu(gate x) * up x)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+
+    def __call__(self, x_RD: Tensor) -> Tensor:
+        """(R, D) float32 of (R, D) float32."""
+
+
+def quantize_columns(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes (F, D) and the factor of each output channel (F,) float32.
+
+    Example: a row (1.0, -0.5) has factor 1/127 and codes (127, -64).
+    """
+    largest_F = weight_FD.abs().amax(-1)
+    factor_F = torch.where(largest_F > SMALLEST_MAXIMUM, largest_F / INT8_MAX, 1.0)
+    return (weight_FD / factor_F[:, None]).round().to(torch.int8), factor_F
+
+
+def quantize_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers (..., D) float32 in [-127, 127] and the factor of each row (...)."""
+    largest_R = x_RD.abs().amax(-1)
+    inverse_R = torch.where(largest_R > SMALLEST_MAXIMUM, INT8_MAX / largest_R, 0.0)
+    return (x_RD * inverse_R[..., None]).round(), largest_R / INT8_MAX

@@ -1,0 +1,27 @@
+"""Which matrix is held in which form: the table of model/precision.py."""
+
+import pytest
+
+from model.precision import Form, Precision, expert_form, matrix_form
+
+TABLE: list[tuple[Precision, Form, Form, Form]] = [
+    ("auto", "float32", "float32", "float32"),
+    ("auto", "bfloat16", "bfloat16", "bfloat16"),
+    ("auto", "fp8", "fp8", "fp8"),
+    ("float32", "bfloat16", "float32", "float32"),
+    ("float32", "fp8", "float32", "float32"),
+    ("bfloat16", "float32", "bfloat16", "bfloat16"),
+    ("bfloat16", "fp8", "bfloat16", "bfloat16"),
+    ("fp8", "bfloat16", "fp8", "bfloat16"),
+    ("fp8", "fp8", "fp8", "fp8"),
+    ("int8", "bfloat16", "int8", "bfloat16"),
+    ("int8", "float32", "int8", "bfloat16"),
+    ("int8", "fp8", "int8", "fp8"),
+]
+"""Precision, what is stored, form of an expert, form of another matrix."""
+
+
+@pytest.mark.parametrize(("precision", "stored", "expert", "other"), TABLE)
+def test_forms_are_those_of_the_table(precision: Precision, stored: Form, expert: Form, other: Form) -> None:
+    assert expert_form(precision, stored=stored) == expert
+    assert matrix_form(precision, stored=stored) == other
