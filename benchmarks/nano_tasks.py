@@ -3,18 +3,17 @@
     .venv/bin/python benchmarks/nano_tasks.py [--num 100] [--float32 DIR] [--show-wrong] [--json]
 
 The engine that serves it answers, whole in this process; prompts come from the generator's held-out side with
-a seed of their own. INT8 and, with --float32, FP8 are compared on the same prompts in the same run.
+a seed of their own. Every precision answers the same prompts in the same run; --float32 adds the weights as
+they were before the checkpoint was rounded to FP8.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +23,8 @@ from torch import Tensor
 from benchmarks._one_process import greedy, one_process
 from cluster.models import find_model
 from model.config import ModelConfig
+from model.precision import Precision
 from model.reference import Reference
-from model.save import CheckpointContents, is_quantised, save_checkpoint
 from model.tensor_names import expected_tensors
 from training.batches import BatchMaker
 from training.config import Stage, TrainingConfig
@@ -37,6 +36,8 @@ from workers.checkpoint import open_checkpoint
 SEED = 2026
 MAX_TOKENS = 200
 EOS_ID = 1
+PRECISIONS: tuple[Precision, ...] = ("fp8", "int8")
+"""Compared with float32."""
 MEASURED_ON = Stage(name="sparse", num_steps=0, num_rows=8, row_tokens=320)
 
 
@@ -49,17 +50,17 @@ def main(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Scores a model, and the same model in other precisions."""
-    torch.set_num_threads(threads)
     path = find_model(model).path
     loaded = load(path)
-    scores = score_all(path, num)
+    scores = score_all(path, num, threads=threads, dtype="float32")
     report: dict[str, Any] = {"model": path.name, "prompts_of_each_kind": num, "seed": SEED}
-    report["scores"] = {"as stored": shares(scores)}
+    report["scores"] = {"float32": shares(scores)}
     report["json_values_right_too"] = exact_values(scores["json"])
-    with int8_copy(loaded) as int8:
-        report["scores"]["int8 weights"] = shares(score_all(int8, num))
+    for dtype in PRECISIONS:
+        report["scores"][dtype] = shares(score_all(path, num, threads=threads, dtype=dtype))
     if float32 is not None:
-        report["scores"]["float32"] = shares(score_all(float32, num))
+        unrounded = score_all(float32, num, threads=threads, dtype="float32")
+        report["scores"]["before rounding"] = shares(unrounded)
     accepted, drafted = drafts(loaded, [s for kind in SCORED for s in scores[kind]])
     report["mtp"] = {"accepted": accepted, "drafted": drafted, "share": accepted / drafted}
     report["measures"] = vars(measures(loaded))
@@ -69,9 +70,9 @@ def main(
     print(json.dumps(report, indent=1)) if as_json else show(report)
 
 
-def score_all(path: Path, num: int) -> dict[Kind, list[Score]]:
+def score_all(path: Path, num: int, *, threads: int, dtype: Precision) -> dict[Kind, list[Score]]:
     """Kind -> scores of the same held-out conversations whatever the model."""
-    with answering(path) as answer:
+    with answering(path, threads=threads, dtype=dtype) as answer:
         return {kind: score(held_out(kind, num, seed=SEED), answer) for kind in SCORED}
 
 
@@ -92,7 +93,9 @@ def exact_values(scores: Sequence[Score]) -> float:
 
 
 @contextmanager
-def answering(path: Path) -> Iterator[Callable[[Sequence[str]], list[str]]]:
+def answering(
+    path: Path, *, threads: int, dtype: Precision
+) -> Iterator[Callable[[Sequence[str]], list[str]]]:
     """Greedy replies of the engine, whole in this process."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
 
@@ -101,7 +104,7 @@ def answering(path: Path) -> Iterator[Callable[[Sequence[str]], list[str]]]:
         replies = greedy(engine, asked, max_tokens=MAX_TOKENS, stop=frozenset({EOS_ID}))
         return [tokenizer.decode(reply) for reply in replies]
 
-    with one_process(path, num_pages=4096) as engine:
+    with one_process(path, num_pages=4096, num_threads=threads, dtype=dtype) as engine:
         yield answer
 
 
@@ -126,29 +129,6 @@ def load(path: Path) -> Loaded:
         tensors={name: checkpoint.read(name, shape=shape).float() for name, shape in shapes.items()},
         tokenizer=Tokenizer.from_file(str(path / "tokenizer.json")),
     )
-
-
-@contextmanager
-def int8_copy(loaded: Loaded) -> Iterator[Path]:
-    """The checkpoint with the matrices that FP8 would hold rounded to INT8, one scale a row."""
-
-    def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
-        value = loaded.tensors[name].reshape(shape)
-        if not is_quantised(name):
-            return value
-        scale = value.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        return (value / scale).round() * scale
-
-    hf = {key: value for key, value in loaded.hf.items() if key != "quantization_config"}
-    with tempfile.TemporaryDirectory() as folder:
-        contents = CheckpointContents(
-            hf=hf,
-            value_of=value_of,
-            tokenizer=loaded.tokenizer,
-            dtype="float32",
-        )
-        save_checkpoint(Path(folder) / "int8", contents)
-        yield Path(folder) / "int8"
 
 
 def drafts(loaded: Loaded, scores: Sequence[Score]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from cluster.config import MorayConfig
 from cluster.lifecycle import check_model, start_cluster
 from cluster.models import find_model
 from model.precision import Precision
+from model.weights import OnProgress
 from wire.errors import from_rpc
 from wire.frames import decode_frame
 from wire.handshake import Handshake
@@ -27,7 +28,12 @@ _PREFILL = "prefill-0"
 
 
 def score_in_process(
-    model: str, prompts: Sequence[Sequence[int]], *, dtype: Precision, chunk_tokens: int
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    dtype: Precision,
+    chunk_tokens: int,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Tensor]]:
     """The tensors of each prompt, computed in this process with the same engine and no Ray.
 
@@ -38,7 +44,9 @@ def score_in_process(
     requests = [attention_pb2.ScoreRequest(token_ids=prompt, chunk_tokens=chunk_tokens) for prompt in prompts]
     specs = [read_score(request, checkpoint.config, max_chunk_tokens=chunk_tokens) for request in requests]
     config = EngineConfig(group=_group_for(prompts), compute=ComputeConfig(dtype=dtype))
-    engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
+    engine = build_whole_engine(
+        checkpoint, config=config, metrics=Metrics("attention"), on_progress=on_progress
+    )
     engine.start()
     try:
         return [engine.score(spec).result() for spec in specs]

@@ -47,6 +47,12 @@ class SpanPlan:
             context_S=cached.context_S[self.span_idx],
         )
 
+    def dense_reads(self, cached: LayerCache) -> Reads | None:
+        """What its dense rows read; None = it has none."""
+        if self.expanded_end == self.dense_end:
+            return None
+        return self.reads(cached, self.expanded_end, self.dense_end)
+
 
 def plan_span(span: Span, span_idx: int, *, index_topk: int) -> SpanPlan:
     """The forms of a span's rows.
@@ -76,6 +82,8 @@ class Step:
     batch: Batch
     plans: tuple[SpanPlan, ...]
     """One a span."""
+    dense_reads: tuple[Reads | None, ...]
+    """One a span: what its dense rows read in every layer; None = it has none."""
     table: RopeTable
     """Rotary table of the batch's positions."""
     cache: CacheView
@@ -138,8 +146,9 @@ def _absorbed_reads(
     """What the rows that are not expanded read; tells the trace of every row."""
     found: list[Reads] = []
     for plan in step.plans:
-        if plan.expanded_end < plan.dense_end:
-            found.append(plan.reads(cached, plan.expanded_end, plan.dense_end))
+        dense = step.dense_reads[plan.span_idx]
+        if dense is not None:
+            found.append(dense)
         position_RU = None
         if plan.dense_end < plan.end_row:
             sparse = plan.reads(cached, plan.dense_end, plan.end_row)

@@ -104,13 +104,14 @@ class Transformer:
 
     def _step(self, batch: Batch, cache: CacheView, trace: Trace | None) -> Step:
         table = self._rope.table(batch.position_ids_T.to(self._weights.embed_VD.device))
+        index_topk, rows = self.config.index_topk, cache.layer(0)
+        plans = tuple(plan_span(span, i, index_topk=index_topk) for i, span in enumerate(batch.spans))
         return Step(
             config=self.config,
             kernels=self._kernels,
             batch=batch,
-            plans=tuple(
-                plan_span(span, i, index_topk=self.config.index_topk) for i, span in enumerate(batch.spans)
-            ),
+            plans=plans,
+            dense_reads=tuple(plan.dense_reads(rows) for plan in plans),
             table=table,
             cache=cache,
             trace=trace,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from cluster.cli.checkpoint import progress
 from cluster.cli.dtype import DtypeName
 from cluster.cli.generate import read_prompts
 from wire.errors import ConfigError
@@ -42,14 +43,18 @@ def logits(  # noqa: PLR0913, PLR0917 - one parameter a flag
         raise ConfigError(field="--out", wanted="a file in a directory that can be written", given=str(out))
     prompts = read_prompts(tokens)
     console = Console(stderr=True)
-    with console.status("starting"):
+    with console.status("starting") as status:
         # Imported here: torch and Ray take seconds to load.
         from safetensors.torch import save_file
 
         from cluster.scoring import score_in_cluster, score_in_process
 
         if topology is Topology.IN_PROCESS:
-            scored = score_in_process(model, prompts, dtype=dtype, chunk_tokens=prefill_chunk)
+            status.stop()
+            with progress(f"Loading {model}", is_shown=True) as on_progress:
+                scored = score_in_process(
+                    model, prompts, dtype=dtype, chunk_tokens=prefill_chunk, on_progress=on_progress
+                )
         else:
             scored = score_in_cluster(
                 model, prompts, dtype=dtype, chunk_tokens=prefill_chunk, num_experts=experts

@@ -7,8 +7,11 @@ positions, N rows of the cache where it stands for the cache, W cache row.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +21,7 @@ from model.matrix import HeadMatrix, Matrix, Mlp, StoredMatrix
 from model.precision import Form
 from model.rope import RopeTable
 
+_ID_BYTES = 8
 WEIGHT_FLOOR = 1e-20
 """Added to the sum that gate weights are divided by: sigmoids that all underflow give weight 0, not NaN."""
 
@@ -62,6 +66,17 @@ class Reads:
     def num_rows(self) -> int:
         """R."""
         return self.end_row - self.begin_row
+
+    @cached_property
+    def row_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """For each row the address of its list of cache rows, and its length; every layer asks again."""
+        row_idx = np.arange(self.num_rows)
+        if self.selected_RU is None:
+            addresses = np.full(self.num_rows, self.context_S.data_ptr(), dtype=np.int64)
+            return addresses, (row_idx + (self.first_position + 1)).astype(np.int32)
+        num_selected = self.selected_RU.shape[1]
+        addresses = self.selected_RU.data_ptr() + row_idx * (self.selected_RU.stride(0) * _ID_BYTES)
+        return addresses, np.full(self.num_rows, num_selected, dtype=np.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,14 +59,20 @@ def build_whole_engine(
 
 
 def build_engine(
-    checkpoint: Checkpoint, experts: Experts, packing: Packing, *, config: EngineConfig, metrics: Metrics
+    checkpoint: Checkpoint,
+    experts: Experts,
+    packing: Packing,
+    *,
+    config: EngineConfig,
+    metrics: Metrics,
+    on_progress: OnProgress | None = None,
 ) -> Engine:
     """An engine that is not started yet; reads every weight but the routed experts.
 
     Raises:
         CheckpointInvalid: a tensor is missing or misshapen.
     """
-    weights = load_model_weights(checkpoint, packing)
+    weights = load_model_weights(checkpoint, packing, on_progress=on_progress)
     return _engine(checkpoint.config, weights, experts, packing, config=config, metrics=metrics)
 
 

@@ -40,6 +40,7 @@ from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken
 from workers.checkpoint import open_checkpoint
 from workers.config import DispatchConfig
 from workers.packing import make_packing
+from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         )
         experts = RemoteExperts(self._dispatcher)
         self._engine = build_engine(
-            checkpoint, experts, packing, config=settings.engine, metrics=self.metrics
+            checkpoint,
+            experts,
+            packing,
+            config=settings.engine,
+            metrics=self.metrics,
+            on_progress=log_progress(_log, f"tensors of {worker_id}"),
         )
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot

@@ -25,6 +25,7 @@ from workers.expert.service import ExpertService
 from workers.expert.slots import Place, SlotStore
 from workers.expert.types import Slot
 from workers.packing import make_packing
+from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         _log.info("%s holds %d slots for table %d", self._worker_id, len(slots), table_version)
 
     def _load_experts(self, wanted: Sequence[Place]) -> Iterable[tuple[Place, Mlp]]:
-        return load_experts(self._checkpoint, self._packing, wanted)
+        on_progress = log_progress(_log, f"experts of {self._worker_id}")
+        return load_experts(self._checkpoint, self._packing, wanted, on_progress=on_progress)
 
     def _report(self) -> expert_pb2.SlotReport:
         slots = [

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from model.rope import RopeTable
 
 _FLOAT_BYTES = 4
 _Packed = TypeVar("_Packed")
-_Ids = npt.NDArray[np.int64]
 
 
 class NativeMatrix:
@@ -214,7 +212,8 @@ class NativeKernels:
         query_RHX = query_RHX.contiguous()
         num_rows, num_heads, width = query_RHX.shape
         shape = AbsorbedShape(num_heads, latent_width, width, cached.rows_NW.stride(0))
-        lists, counts = _row_lists(reads)
+        lists = np.concatenate([read.row_lists[0] for read in reads])
+        counts = np.concatenate([read.row_lists[1] for read in reads])
         latent_RHC = torch.empty(num_rows, num_heads, latent_width)
         self._library.moray_attend_absorbed(
             shape, cached.rows_NW.data_ptr(), query_RHX.data_ptr(), num_rows,
@@ -228,7 +227,7 @@ class NativeKernels:
         num_rows, num_heads, width = query_RJI.shape
         layout, rows_NW = cached.layout, cached.rows_NW
         shape = IndexerShape(num_heads, width, int(layout.key_form == "int8"), rows_NW.stride(0))
-        lists, counts = _row_lists([reads])
+        lists, counts = reads.row_lists
         score_RS = torch.empty(num_rows, len(reads.context_S))
         self._library.moray_index_scores(
             shape, rows_NW.data_ptr() + layout.key_begin * _FLOAT_BYTES, query_RJI.data_ptr(),
@@ -280,22 +279,3 @@ def _native(packed: object, kind: type[_Packed]) -> _Packed:
 def _rows(x: Tensor) -> Tensor:
     """The tensor, or a copy, with neighbours in a row beside each other."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _addresses(rows: Tensor, row_idx: _Ids) -> _Ids:
-    """Where rows begin."""
-    return rows.data_ptr() + row_idx * (rows.stride(0) * rows.element_size())
-
-
-def _row_lists(reads: Sequence[Reads]) -> tuple[_Ids, npt.NDArray[np.int32]]:
-    """For each row where its list of cache rows begins, and how long it is."""
-    lists, counts = [], []
-    for read in reads:
-        row_idx = np.arange(read.num_rows)
-        if read.selected_RU is None:
-            lists.append(np.full(read.num_rows, read.context_S.data_ptr(), dtype=np.int64))
-            counts.append(row_idx + (read.first_position + 1))
-        else:
-            lists.append(_addresses(read.selected_RU, row_idx))
-            counts.append(np.full(read.num_rows, read.selected_RU.shape[1]))
-    return np.concatenate(lists), np.concatenate(counts).astype(np.int32)
