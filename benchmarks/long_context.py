@@ -9,7 +9,7 @@ grows with the context by its nature, is shown apart.
 
 import json
 import statistics
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,9 +17,9 @@ from rich.table import Table
 
 from cluster.bench.places import Place, in_process
 from cluster.bench.streams import decode_profile, random_prompts
+from cluster.cli.dtype import DtypeName
 from cluster.models import find_model
 from model.checkpoint import Checkpoint
-from model.precision import Precision
 from model.profile import StepClock
 
 NEW_TOKENS = 48
@@ -28,7 +28,7 @@ SEED = 7
 
 def main(  # noqa: PLR0913, PLR0917 - one parameter a flag
     model: Annotated[str, typer.Option(help="Checkpoint directory, or a model in the box.")] = "nano",
-    dtype: Annotated[str, typer.Option()] = "int8",
+    dtype: Annotated[DtypeName, typer.Option()] = "int8",
     short: Annotated[int, typer.Option(min=1)] = 128,
     long: Annotated[int, typer.Option(min=1)] = 1024,
     threads: Annotated[int, typer.Option(min=1)] = 2,
@@ -37,10 +37,13 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter a flag
 ) -> None:
     """Measures both lengths in turns and compares their medians."""
     checkpoint, clock = Checkpoint.open(find_model(model).path), StepClock()
+    longest, context = max(short, long) + NEW_TOKENS, checkpoint.config.max_position_embeddings
+    if longest > context:
+        raise typer.BadParameter(f"{longest} tokens, {NEW_TOKENS} new ones among them; {model} has {context}")
     place = Place(
-        dtype=cast("Precision", dtype),
+        dtype=dtype,
         num_threads=threads,
-        num_cached_tokens=max(short, long) + NEW_TOKENS,
+        num_cached_tokens=longest,
         step_tokens=2048,
         num_requests=1,
     )

@@ -11,7 +11,7 @@ logits by whole units. Trained models lose less.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Annotated, cast
+from typing import Annotated
 
 import torch
 import typer
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cluster.scoring import score_in_process
-from model.precision import Precision
+from model.precision import PRECISIONS, Precision
 from tests.reference_data import SHAPES, checkpoint_dir, goldens
 
 CHUNK_TOKENS = 512
@@ -47,7 +47,9 @@ def main(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Compares every reference checkpoint in every precision with its goldens."""
-    names = [cast("Precision", name) for name in dtypes.split(",")]
+    names = [name for part in dtypes.split(",") for name in PRECISIONS if name == part.strip()]
+    if len(names) != len(dtypes.split(",")):
+        raise typer.BadParameter(f"--dtypes: wanted some of {', '.join(PRECISIONS)}; got {dtypes}")
     rows = [compare(shape, dtype) for shape in SHAPES for dtype in names]
     print(json.dumps([asdict(row) for row in rows])) if as_json else show(rows)
 

@@ -39,12 +39,18 @@ class Place:
     """Requests at the same time."""
 
     def group(self) -> AttentionConfig:
-        """The attention workers of it."""
-        return AttentionConfig(
-            num_threads=self.num_threads,
-            num_pages=-(-self.num_cached_tokens // PAGE_TOKENS) + self.num_requests,
-            max_batch_requests=self.num_requests,
-            max_step_tokens=self.step_tokens,
+        """The attention workers of it.
+
+        Raises:
+            ConfigError: a number is out of range.
+        """
+        return AttentionConfig.from_mapping(
+            {
+                "num_threads": self.num_threads,
+                "num_pages": -(-self.num_cached_tokens // PAGE_TOKENS) + self.num_requests,
+                "max_batch_requests": self.num_requests,
+                "max_step_tokens": self.step_tokens,
+            }
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from model.profile import PARTS, StepClock
+from wire.errors import ConfigError
 
 Moments = list[list[float]]
 """For each prompt the seconds at which its new tokens came."""
@@ -40,13 +41,22 @@ def prefill_rate(ask: Ask, prompts: Sequence[Sequence[int]]) -> Rate:
 
 
 def decode_rate(ask: Ask, prompts: Sequence[Sequence[int]], *, num_tokens: int, repeats: int) -> Rate:
-    """New tokens per second of all prompts together, while every one of them is decoding."""
+    """New tokens per second of all prompts together, while every one of them is decoding.
+
+    It is the sum of their rates, each from the first to the last of its tokens in that time: tokens of one
+    step come one behind another, so a count between two moments would cut through the steps at both ends.
+
+    Raises:
+        ConfigError: so few tokens that the prompts did not decode together for a step.
+    """
     rates = []
     for _ in range(repeats):
         moments = ask(prompts, num_tokens)
-        begin_s, end_s = max(times[0] for times in moments), min(times[-1] for times in moments)
-        num_inside = sum(begin_s < moment <= end_s for times in moments for moment in times)
-        rates.append(num_inside / (end_s - begin_s))
+        begin_s, end_s = _together(moments)
+        inside = [[moment for moment in times if begin_s <= moment <= end_s] for times in moments]
+        if not all(times and times[0] < times[-1] for times in inside):
+            raise _too_few(num_tokens)
+        rates.append(sum((len(times) - times.count(times[0])) / (times[-1] - times[0]) for times in inside))
     return _rate(rates)
 
 
@@ -61,11 +71,28 @@ def prefill_profile(ask: Ask, prompt: Sequence[int], clock: StepClock) -> dict[s
 def decode_profile(
     ask: Ask, prompts: Sequence[Sequence[int]], clock: StepClock, *, num_tokens: int
 ) -> dict[str, float]:
-    """Milliseconds of each part of the model in one step, while every prompt is decoding."""
+    """Milliseconds of each part of the model in one step, while every prompt is decoding.
+
+    Raises:
+        ConfigError: so few tokens that the prompts did not decode together for a step.
+    """
     clock.marks.clear()
-    moments = ask(prompts, num_tokens)
-    begin_s, end_s = max(times[0] for times in moments), min(times[-1] for times in moments)
-    return _mean_ms([mark for mark in clock.marks if begin_s <= mark[0] <= end_s])
+    begin_s, end_s = _together(ask(prompts, num_tokens))
+    marks = [mark for mark in clock.marks if begin_s <= mark[0] <= end_s]
+    if len(marks) < 2:
+        raise _too_few(num_tokens)
+    return _mean_ms(marks)
+
+
+def _together(moments: Moments) -> tuple[float, float]:
+    """From the last prompt's first token to the first prompt's last one."""
+    return max(times[0] for times in moments), min(times[-1] for times in moments)
+
+
+def _too_few(num_tokens: int) -> ConfigError:
+    wanted = "enough that all requests decode at the same time for a step or more"
+    hint = "raise it, or --step-tokens, so that all prompts are read sooner"
+    return ConfigError(field="--new-tokens", wanted=wanted, given=str(num_tokens), hint=hint)
 
 
 def _mean_ms(marks: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:

@@ -106,7 +106,8 @@ def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None =
     """Runs every measurement of a spec, one after another; on_progress counts experts while a model loads.
 
     Raises:
-        ConfigError: the model's context is too short for what is asked.
+        ConfigError: the model's context is too short for what is asked, too few tokens are, or a number is
+            out of range.
         MorayError: the model cannot be served.
     """
     checkpoint = Checkpoint.open(spec.path)
@@ -142,11 +143,27 @@ def _stored_form(checkpoint: Checkpoint, name: str) -> Form:
 
 
 def _check(spec: ThroughputSpec, config: ModelConfig) -> None:
-    """Refuses prompts that the model has no context for."""
-    longest = max(spec.prefill_tokens + 1, spec.prompt_tokens + spec.new_tokens)
-    if longest > config.max_position_embeddings:
-        wanted = f"prompt and new tokens within the context of {config.max_position_embeddings}"
-        raise ConfigError(field="--prompt-tokens", wanted=wanted, given=str(longest))
+    """Refuses prompts that the model has no context for, and numbers that no worker takes."""
+    needed = {
+        "--prefill-tokens": spec.prefill_tokens + 1,
+        "--prompt-tokens": spec.prompt_tokens + spec.new_tokens,
+    }
+    for field, num_tokens in needed.items():
+        if num_tokens > config.max_position_embeddings:
+            wanted = f"prompt and new tokens within the context of {config.max_position_embeddings}"
+            raise ConfigError(field=field, wanted=wanted, given=str(num_tokens))
+    _place(spec, spec.dtypes[0]).group()
+
+
+def _place(spec: ThroughputSpec, dtype: Precision) -> Place:
+    most = max(spec.batches, default=1)
+    return Place(
+        dtype=dtype,
+        num_threads=spec.num_threads,
+        num_cached_tokens=max(spec.prefill_tokens + 1, most * (spec.prompt_tokens + spec.new_tokens)),
+        step_tokens=spec.step_tokens,
+        num_requests=most,
+    )
 
 
 class _Bound:
@@ -186,14 +203,7 @@ class _Bound:
 def _asking(
     checkpoint: Checkpoint, spec: ThroughputSpec, run: "_Run", on_progress: OnProgress | None
 ) -> Iterator[Ask]:
-    most = max(spec.batches, default=1)
-    place = Place(
-        dtype=run.dtype,
-        num_threads=spec.num_threads,
-        num_cached_tokens=max(spec.prefill_tokens + 1, most * (spec.prompt_tokens + spec.new_tokens)),
-        step_tokens=spec.step_tokens,
-        num_requests=most,
-    )
+    place = _place(spec, run.dtype)
     if run.topology == "cluster":
         with in_cluster(spec.model, place, num_experts=spec.num_experts) as ask:
             yield ask

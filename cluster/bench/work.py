@@ -65,9 +65,9 @@ def count_step(
         + num_scored * head
         + num_layers * _attention_products(config, positions, is_prompt=is_prompt)
     )
-    indexer_query = config.index_n_heads * config.index_head_dim * config.q_lora_rank
+    indexer = config.index_n_heads * (config.index_head_dim * config.q_lora_rank + config.hidden_size)
     indexer_keys = config.index_n_heads * config.index_head_dim
-    multiplied += num_layers * sum(indexer_query + (p + 1) * indexer_keys for p in sparse_rows)
+    multiplied += num_layers * sum(indexer + (p + 1) * indexer_keys for p in sparse_rows)
     touched = _distinct_experts(config, num_rows) * num_moe * expert_weights
     cached = num_layers * sum(
         _cached_floats(config, p) for p in ({max(positions)} if is_prompt else positions)
@@ -76,14 +76,14 @@ def count_step(
     return StepWork(
         float32_flops=2.0 * (multiplied + (0 if is_int8 else routed)),
         int8_ops=2.0 * routed if is_int8 else 0.0,
-        num_bytes=(dense + head) * FORM_BYTES[forms.others]
+        num_bytes=(dense + head + num_layers * indexer * bool(sparse_rows)) * FORM_BYTES[forms.others]
         + touched * FORM_BYTES[forms.experts]
         + cached * _FLOAT_BYTES,
     )
 
 
 def _dense_weights(config: ModelConfig) -> int:
-    """Weights of the main layers that every row meets: no routed experts, no queries of the indexer."""
+    """Weights of the main layers that every row meets: no routed experts, no indexer but its keys."""
     skipped = (".mlp.experts.", "embed_tokens", "lm_head", "indexer.wq_b", "indexer.weights_proj")
     main = tuple(f"model.layers.{i}." for i in range(config.num_hidden_layers))
     return sum(

@@ -19,7 +19,7 @@ from cluster.cli.dtype import DTYPES, DtypeName
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.bench.throughput import ThroughputReport, Topology
+    from cluster.bench.throughput import Row, ThroughputReport, Topology
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model on this machine.")
 
@@ -103,33 +103,58 @@ def _numbers(text: str, *, field: str) -> tuple[int, ...]:
 
 
 def _show(report: "ThroughputReport") -> None:
-    console = Console()
-    limits = report.limits
+    console, limits = Console(), report.limits
+    same = [values[0] for values in _labels(report.rows).values() if len(set(values)) == 1]
+    facts = [*same, f"threads {report.spec.num_threads}", f"kernels {report.kernels}"]
+    console.print(f"{report.spec.model}: {', '.join(facts)}", markup=False)
     console.print(
-        f"kernels {report.kernels}, {report.spec.num_threads} threads; this machine, measured now: memory "
-        f"{limits.memory_bytes_per_s / 1e9:.1f} GB/s, FP32 {limits.float32_flops_per_s / 1e9:.0f} GFLOP/s, "
-        f"INT8 {limits.int8_ops_per_s / 1e9:.0f} GOP/s"
+        f"machine, measured now: memory {limits.memory_bytes_per_s / 1e9:.1f} GB/s, FP32 "
+        f"{limits.float32_flops_per_s / 1e9:.0f} GFLOP/s, INT8 {limits.int8_ops_per_s / 1e9:.0f} GOP/s"
     )
-    table = Table("topology", "dtype", "phase", "batch", "tok/s", "lowest", "highest", "bound", "of bound")
-    for row in report.rows:
-        rate = row.tokens_per_s
-        numbers = [
-            f"{value:.1f}" for value in (rate.median, rate.lowest, rate.highest, row.bound_tokens_per_s)
-        ]
-        table.add_row(
-            row.topology, row.dtype, row.phase, str(row.batch), *numbers, f"{row.share_of_bound:.0%}"
-        )
-    console.print(table)
-    profiled = [row for row in report.rows if row.step_ms is not None]
-    if profiled:
-        console.print(
-            _profile_table([(f"{row.dtype} {row.phase} {row.batch}", row.step_ms or {}) for row in profiled])
-        )
+    console.print(_rate_table(report.rows))
+    for dtype in dict.fromkeys(report.spec.dtypes):
+        profiled = [row for row in report.rows if row.dtype == dtype and row.step_ms is not None]
+        if profiled:
+            console.print(_profile_table(profiled, title=f"{dtype}: ms of a step; of prefill, all steps"))
 
 
-def _profile_table(rows: Sequence[tuple[str, dict[str, float]]]) -> Table:
-    parts = list(rows[0][1])
-    table = Table("ms of a step", *parts)
-    for name, step_ms in rows:
-        table.add_row(name, *(f"{step_ms[part]:.2f}" for part in parts))
+def _labels(rows: "Sequence[Row]") -> dict[str, list[str]]:
+    """What may tell rows apart, beside their phase."""
+    return {"topology": [row.topology for row in rows], "dtype": [row.dtype for row in rows]}
+
+
+def _rate_table(rows: "Sequence[Row]") -> Table:
+    """Tokens per second; columns that say the same in every row are left out."""
+    columns = {name: values for name, values in _labels(rows).items() if len(set(values)) > 1}
+    columns["phase"] = [_phase(row) for row in rows]
+    rates = [row.tokens_per_s for row in rows]
+    numbers = {"tok/s": [_number(rate.median) for rate in rates]}
+    if any(rate.lowest < rate.highest for rate in rates):
+        numbers["range"] = [f"{_number(rate.lowest)}-{_number(rate.highest)}" for rate in rates]
+    numbers["bound"] = [_number(row.bound_tokens_per_s) for row in rows]
+    numbers["share"] = [f"{row.share_of_bound:.1%}" for row in rows]
+    table = Table(*columns)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    for cells in zip(*columns.values(), *numbers.values(), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def _profile_table(rows: "Sequence[Row]", *, title: str) -> Table:
+    """Where the time goes in one precision."""
+    table = Table("phase", title=title)
+    for part in rows[0].step_ms or ():
+        table.add_column(part, justify="right")
+    for row in rows:
+        table.add_row(_phase(row), *(_number(ms, digits=2) for ms in (row.step_ms or {}).values()))
+    return table
+
+
+def _phase(row: "Row") -> str:
+    return row.phase if row.phase == "prefill" else f"{row.phase} {row.batch}"
+
+
+def _number(value: float, *, digits: int = 1) -> str:
+    """Digits behind the point only where there are few before it."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.{digits}f}"

@@ -31,9 +31,9 @@ class Assignments:
     """Which row goes to which expert, and with what weight; any order, a row any number of times."""
 
     row_idx_A: Tensor
-    """(A,) int64, row of x_RD."""
+    """(A,) int64 or int32, row of x_RD."""
     expert_idx_A: Tensor
-    """(A,) int64, logical expert."""
+    """(A,) int64 or int32, logical expert."""
     weights_A: Tensor
     """(A,) float32."""
 

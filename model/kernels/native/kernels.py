@@ -248,23 +248,24 @@ class NativeKernels:
         return position_RU
 
     def expert_sums(self, x_RD: Tensor, assignments: Assignments, experts: Mapping[int, Mlp]) -> Tensor:
-        """All experts in one call, sorted."""
+        """All experts in one call."""
         x_RD = x_RD.contiguous()
         sums_RD = torch.zeros(x_RD.shape, dtype=torch.float64)
-        expert_A = assignments.expert_idx_A.numpy()
-        order_A = np.argsort(expert_A, kind="stable")
-        wanted, counts = np.unique(expert_A, return_counts=True)
-        mlps = [_native(experts[expert_idx], NativeMlp) for expert_idx in wanted.tolist()]
-        if len({mlp.kind for mlp in mlps}) > 1:
-            raise ValueError(f"experts {wanted.tolist()} are held in several forms")
-        gate_up = np.array([mlp.gate_up_address for mlp in mlps], dtype=np.int64)
-        down = np.array([mlp.down_address for mlp in mlps], dtype=np.int64)
-        ends = np.cumsum(counts, dtype=np.int32)
-        row_A = assignments.row_idx_A.numpy()[order_A].astype(np.int32)
-        weight_A = assignments.weights_A.numpy()[order_A]
+        mlps = {expert_idx: _native(mlp, NativeMlp) for expert_idx, mlp in experts.items()}
+        if len({mlp.kind for mlp in mlps.values()}) > 1:
+            raise ValueError(f"experts {sorted(mlps)} are held in several forms")
+        gate_up, down = np.zeros((2, max(mlps, default=0) + 1), dtype=np.int64)
+        for expert_idx, mlp in mlps.items():
+            gate_up[expert_idx], down[expert_idx] = mlp.gate_up_address, mlp.down_address
+        expert_A = assignments.expert_idx_A.to(torch.int64).contiguous()
+        row_A = assignments.row_idx_A.to(torch.int64).contiguous()
+        weight_A = assignments.weights_A.to(torch.float32).contiguous()
+        wanted = expert_A.numpy()
+        if not set(np.unique(wanted).tolist()) <= mlps.keys():
+            raise KeyError(f"experts {sorted(set(wanted.tolist()) - mlps.keys())} are not held")
         self._library.moray_experts(
-            gate_up.ctypes.data, down.ctypes.data, ends.ctypes.data, len(mlps),
-            x_RD.data_ptr(), len(x_RD), row_A.ctypes.data, weight_A.ctypes.data,
+            gate_up.ctypes.data, down.ctypes.data, len(gate_up), x_RD.data_ptr(), len(x_RD),
+            expert_A.data_ptr(), row_A.data_ptr(), weight_A.data_ptr(), len(expert_A),
             sums_RD.data_ptr(), self._num_threads,
         )  # fmt: skip
         return sums_RD

@@ -88,7 +88,7 @@ ARGUMENTS = {
         POINTER(Weight), c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int,
     ),
     "moray_experts": (
-        c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int,
+        c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int,
     ),
     "moray_rms_norm": (
         c_void_p, c_int64, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p, c_int,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
+from model.precision import Precision
 from router.experts.table import Replica, build_table, table_to_proto
 from tests.reference_data import checkpoint_dir
 from wire.errors import from_rpc
@@ -31,7 +32,7 @@ from wire.proto import (
 from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD, SCORE_METHOD, SERVER_OPTIONS
 from workers.attention.build import EngineConfig
 from workers.attention.server import AttentionServer, AttentionSettings
-from workers.config import AttentionConfig, DispatchConfig, KvConfig
+from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, KvConfig
 from workers.expert.server import ExpertServer, ExpertSettings
 
 TEST_S = 60
@@ -91,6 +92,7 @@ class Cluster:
     attention: dict[str, Worker] = field(default_factory=dict)
     table_version: int = 0
     deadline_s: float = 30.0
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         self.config = Checkpoint.open(self.directory).config
@@ -104,7 +106,7 @@ class Cluster:
 
     async def start_expert(self, worker_id: str, experts: Sequence[int], *, port: int = 0) -> Worker:
         """An expert worker that holds these experts of every layer."""
-        settings = ExpertSettings(host=HOST)
+        settings = ExpertSettings(compute=self.compute, host=HOST)
         server = ExpertServer(worker_id, checkpoint_dir=self.directory, settings=settings)
         worker = Worker(worker_id, server, f"{HOST}:{await server.start(port)}")
         worker.slots = [
@@ -131,7 +133,9 @@ class Cluster:
         self, worker_id: str, *, page_tokens: int = PAGE_TOKENS, **group: Any
     ) -> Worker:
         values = {"num_pages": 256, "max_step_tokens": 32, **group}
-        engine = EngineConfig(group=AttentionConfig(**values), kv=KvConfig(page_tokens=page_tokens))
+        engine = EngineConfig(
+            group=AttentionConfig(**values), compute=self.compute, kv=KvConfig(page_tokens=page_tokens)
+        )
         settings = AttentionSettings(
             engine=engine,
             dispatch=DispatchConfig(deadline_s=self.deadline_s),
@@ -257,13 +261,15 @@ async def open_cluster(
     num_experts: int = 2,
     attention: dict[str, dict[str, Any]] | None = None,
     deadline_s: float = 30.0,
+    dtype: Precision = "auto",
 ) -> AsyncIterator[Cluster]:
     """A ready cluster; at its end every page is free, and every port and thread is gone."""
     threads_before = set(threading.enumerate())
     controller = FakeController()
     await controller.start()
     directory = shape if isinstance(shape, Path) else checkpoint_dir(shape)
-    cluster = Cluster(directory, controller, deadline_s=deadline_s)
+    compute = ComputeConfig(dtype=dtype)
+    cluster = Cluster(directory, controller, deadline_s=deadline_s, compute=compute)
     try:
         everyone = range(cluster.config.n_routed_experts)
         for i in range(num_experts):

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
+from model.precision import Precision
 from tests.integration.workers.lab import PAGE_TOKENS, Cluster, open_cluster, run_test
 from tests.reference_data import INDEX_MARGIN, LOGIT_TOLERANCE, SHAPES, Golden, checkpoint_dir, goldens
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.scoring import ScoreSpec
 from workers.attention.types import NewToken, Sampling, SequenceSpec, Source
-from workers.config import AttentionConfig
+from workers.config import AttentionConfig, ComputeConfig
 
 LENGTHS = (1, 2, PAGE_TOKENS, PAGE_TOKENS + 1, 17, 30, 10 * PAGE_TOKENS + 1, 75)
 
@@ -117,17 +118,18 @@ def test_eight_mixed_prompts_at_once_equal_one_process(num_experts: int, samplin
     run_test(main())
 
 
-def test_scores_are_those_of_one_process_bit_for_bit() -> None:
+@pytest.mark.parametrize(("dtype", "num_experts"), [("float32", 3), ("int8", 1), ("int8", 3)])
+def test_scores_are_those_of_one_process_bit_for_bit(dtype: Precision, num_experts: int) -> None:
     golden = goldens("mtp")[2]
     checkpoint = Checkpoint.open(checkpoint_dir("mtp"))
-    config = EngineConfig(group=AttentionConfig(num_pages=64))
+    config = EngineConfig(group=AttentionConfig(num_pages=64), compute=ComputeConfig(dtype=dtype))
     engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     alone = engine.score(ScoreSpec(token_ids=golden.prompt, chunk_tokens=11)).result(timeout=30)
     engine.stop()
 
     async def main() -> None:
-        async with open_cluster("mtp", num_experts=3) as cluster:
+        async with open_cluster("mtp", num_experts=num_experts, dtype=dtype) as cluster:
             got = await cluster.score(golden.prompt, at="decode-0", chunk_tokens=7)
             assert got.keys() == alone.keys()
             assert [name for name in alone if not torch.equal(got[name], alone[name])] == []

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from cluster.cli import app as command_line
 from tests.reference_data import checkpoint_dir
 
-COMMANDS = ("up", "down", "status", "generate", "chat", "logits", "router", "checkpoint", "template")
+COMMANDS = ("up", "down", "status", "generate", "chat", "logits", "router", "bench", "checkpoint", "template")
 Moray = Callable[..., tuple[int, str]]
 
 

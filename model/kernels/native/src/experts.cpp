@@ -9,7 +9,7 @@
 
 namespace {
 
-// An expert's rows, [begin, end) of the sorted assignments.
+// An expert's rows, [begin, end) of the assignments in order of their experts.
 struct Group {
   const Weight* gate_up;  // (2F, D): gate's panels, then up's
   const Weight* down;     // (D, F)
@@ -43,18 +43,24 @@ struct Tile {
 
 }  // namespace
 
-// sums (R, D) += weight_A * expert(x[row_A]) over assignments sorted by expert.
-//   gate_up, down: one packed weight a group; ends: (groups,) end of each group's assignments
-extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const* down, const int32_t* ends, int num_groups,
-                              const float* x, int num_rows, const int32_t* row_A, const float* weight_A, double* sums,
+// sums (R, D) += weight_A * expert(x[row_A]), assignments in any order.
+//   gate_up, down: a packed weight for each expert, null where there is none; expert_A: (A,) index into them
+extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const* down, int num_experts, const float* x, int num_rows,
+                              const int64_t* expert_A, const int64_t* row_A, const float* weight_A, int num_assigned, double* sums,
                               int num_threads) {
-  if (num_groups == 0) return;
-  const int hidden = gate_up[0]->width, width = down[0]->width, num_assigned = ends[num_groups - 1];
-  const int kind = gate_up[0]->kind, rows = rows_of_tile(kind), columns = gate_up[0]->panel_columns();
+  if (num_assigned == 0) return;
+  std::vector<int> begin(num_experts + 1, 0), order(num_assigned);
+  for (int a = 0; a < num_assigned; a++) begin[expert_A[a] + 1]++;
+  for (int e = 0; e < num_experts; e++) begin[e + 1] += begin[e];
+  std::vector<Group> groups;
+  for (int e = 0; e < num_experts; e++)
+    if (begin[e] < begin[e + 1]) groups.push_back({gate_up[e], down[e], begin[e], begin[e + 1]});
+  for (int a = 0; a < num_assigned; a++) order[begin[expert_A[a]]++] = a;
+  const Weight &first = *groups[0].gate_up, &second = *groups[0].down;
+  const int hidden = first.width, width = second.width;
+  const int kind = first.kind, rows = rows_of_tile(kind), columns = first.panel_columns();
   const bool is_int8 = kind == INT8;
   const int up_panel = (width + columns - 1) / columns;  // gate and up are padded to panels each
-  std::vector<Group> groups;
-  for (int g = 0; g < num_groups; g++) groups.push_back({gate_up[g], down[g], g ? ends[g - 1] : 0, ends[g]});
   const std::unique_ptr<float[]> inner(new float[(size_t)num_assigned * up_panel * columns]);
   const size_t inner_stride = (size_t)up_panel * columns;
   Activations outer_q(is_int8, num_rows, hidden), inner_q(is_int8, num_assigned, width);
@@ -71,7 +77,7 @@ extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const*
       for (int p = up_panel * thread / threads; p < up_panel * (thread + 1) / threads; p++)
         for (int a = group.begin; a < group.end; a += rows) {
           const int m = std::min(rows, group.end - a);
-          for (int i = 0; i < m; i++) tile.set(i, x + (size_t)row_A[a + i] * hidden, outer_q, row_A[a + i]);
+          for (int i = 0; i < m; i++) tile.set(i, x + row_A[order[a + i]] * hidden, outer_q, (int)row_A[order[a + i]]);
           multiply_tile(*group.gate_up, p, tile.rows(), m, gate, columns);
           multiply_tile(*group.gate_up, up_panel + p, tile.rows(), m, up, columns);
           for (int i = 0; i < m; i++)
@@ -84,7 +90,7 @@ extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const*
 #pragma omp for schedule(static)
       for (int a = 0; a < num_assigned; a++) inner_q.quantise(a, &inner[a * inner_stride], width);
     }
-    const int panels = down[0]->num_panels();
+    const int panels = second.num_panels();
     for (const Group& group : groups)
       for (int p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
         for (int a = group.begin; a < group.end; a += rows) {
@@ -92,8 +98,8 @@ extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const*
           for (int i = 0; i < m; i++) tile.set(i, &inner[(a + i) * inner_stride], inner_q, a + i);
           multiply_tile(*group.down, p, tile.rows(), m, gate, columns);
           for (int i = 0; i < m; i++) {
-            double* sum = sums + (size_t)row_A[a + i] * hidden + p * columns;
-            for (int j = 0; j < wide; j++) sum[j] += (double)(gate[i * columns + j] * weight_A[a + i]);
+            double* sum = sums + row_A[order[a + i]] * hidden + p * columns;
+            for (int j = 0; j < wide; j++) sum[j] += (double)(gate[i * columns + j] * weight_A[order[a + i]]);
           }
         }
   }

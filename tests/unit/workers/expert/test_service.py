@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.kernels.base import Assignments
-from model.kernels.plain import TorchKernels
+from model.kernels.choose import choose_kernels
 from model.matrix import Mlp, StoredMatrix
 from wire.frames import Array, Frame, FrameKind, decode_frame, encode_frame
 from wire.metrics import Metrics
@@ -20,7 +20,8 @@ from workers.expert.types import Slot
 
 HIDDEN, WIDTH, LAYER = 6, 4, 2
 HELD = (0, 3, 4)
-KERNELS = TorchKernels()
+KERNELS = choose_kernels(num_threads=1)
+"""As a worker has them."""
 
 
 def load_expert(layer_idx: int, expert_idx: int) -> Mlp:
