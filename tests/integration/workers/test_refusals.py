@@ -231,8 +231,8 @@ def test_slot_report_says_what_is_held() -> None:
             report = await cluster.load(worker, worker.slots[:3])
             assert (report.worker_id, list(report.slots)) == ("expert-1", worker.slots[:3])
             assert report.table_version == cluster.table_version + 1
-            # Three experts of three 128 x moe_intermediate_size matrices of float32.
-            assert report.weight_bytes == 3 * 3 * 128 * cluster.config.moe_intermediate_size * 4
+            # Three experts of three 128 x moe_intermediate_size matrices, BF16 as the checkpoint has them.
+            assert report.weight_bytes == 3 * 3 * 128 * cluster.config.moe_intermediate_size * 2
             assert cluster.metric("expert-1", "weights_bytes") == report.weight_bytes
             await cluster.load(worker, worker.slots)
 
