@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -12,7 +13,8 @@ from model.matrix import StoredMatrix
 
 _MEMORY_BYTES = 1 << 30
 _SIDE = 1024
-_REPEATS = 5
+_REPEATS = 20
+_Measured = TypeVar("_Measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,36 +30,49 @@ class MachineLimits:
 
 
 def measure_limits(kernels: Kernels, *, num_threads: int) -> MachineLimits:
-    """Measures them in about two seconds, on a thread of its own: kernels may bind theirs to processors.
+    """Measures them in about two seconds, on threads of their own: each library keeps helpers for its own.
 
     Args:
         kernels: Moray's, for the rates that they reach where torch's operators reach less.
         num_threads: threads of torch's operators.
     """
     threads_before = torch.get_num_threads()
-    with ThreadPoolExecutor(1, thread_name_prefix="limits") as thread:
-        try:
-            return thread.submit(_measure, kernels, num_threads).result()
-        finally:
-            torch.set_num_threads(threads_before)
-
-
-def _measure(kernels: Kernels, num_threads: int) -> MachineLimits:
-    torch.set_num_threads(num_threads)
-    memory_s = _best_s(torch.ones(_MEMORY_BYTES // 4).sum)
-    x, weight = torch.randn(2, _SIDE, _SIDE)
-    codes = torch.randint(-127, 128, (_SIDE, _SIDE), dtype=torch.int8)
-    float32_s = _best_s(lambda: x @ weight)
-    int8_s = _best_s(lambda: torch._int_mm(codes, codes))
-    kernels.start()
-    stored = StoredMatrix(values_FD=weight)
-    own_float32, own_int8 = kernels.pack(stored, "float32"), kernels.pack(stored, "int8")
+    try:
+        # Moray's first: torch's helpers go on spinning for a while.
+        own_s = _on_own_thread(lambda: _measure_kernels(kernels))
+        torch.set_num_threads(num_threads)
+        torch_s, memory_s = _on_own_thread(_measure_torch)
+    finally:
+        torch.set_num_threads(threads_before)
     num_ops = 2 * _SIDE**3
+    float32_s, int8_s = (min(pair) for pair in zip(own_s, torch_s, strict=True))
     return MachineLimits(
         memory_bytes_per_s=_MEMORY_BYTES / memory_s,
-        float32_flops_per_s=num_ops / min(float32_s, _best_s(lambda: own_float32(x))),
-        int8_ops_per_s=num_ops / min(int8_s, _best_s(lambda: own_int8(x))),
+        float32_flops_per_s=num_ops / float32_s,
+        int8_ops_per_s=num_ops / int8_s,
     )
+
+
+def _on_own_thread(measure: Callable[[], _Measured]) -> _Measured:
+    with ThreadPoolExecutor(1, thread_name_prefix="limits") as thread:
+        return thread.submit(measure).result()
+
+
+def _measure_kernels(kernels: Kernels) -> tuple[float, float]:
+    """Seconds of Moray's FP32 and INT8 products."""
+    kernels.start()
+    x, weight = torch.randn(2, _SIDE, _SIDE)
+    stored = StoredMatrix(values_FD=weight)
+    float32, int8 = kernels.pack(stored, "float32"), kernels.pack(stored, "int8")
+    return _best_s(lambda: float32(x)), _best_s(lambda: int8(x))
+
+
+def _measure_torch() -> tuple[tuple[float, float], float]:
+    """Seconds of torch's FP32 and INT8 products, and of reading the memory."""
+    x, weight = torch.randn(2, _SIDE, _SIDE)
+    codes = torch.randint(-127, 128, (_SIDE, _SIDE), dtype=torch.int8)
+    products_s = _best_s(lambda: x @ weight), _best_s(lambda: torch._int_mm(codes, codes))
+    return products_s, _best_s(torch.ones(_MEMORY_BYTES // 4).sum)
 
 
 def _best_s(run: Callable[[], object]) -> float:

@@ -5,7 +5,9 @@ torch and Ray are imported inside the commands: the other commands start without
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
@@ -80,7 +82,11 @@ def throughput(  # noqa: PLR0913, PLR0917 - one parameter a flag
         repeats=repeats,
         has_profile=profile,
     )
-    with progress(f"Measuring {model}", is_shown=not as_json) as on_progress:
+    with (
+        progress(f"Measuring {model}", is_shown=not as_json) as on_progress,
+        # Ray prints what happens to its workers, and stdout is for the report.
+        redirect_stdout(sys.stderr),
+    ):
         report = measure_throughput(spec, on_progress=on_progress)
     if as_json:
         typer.echo(json.dumps(report.to_json()))

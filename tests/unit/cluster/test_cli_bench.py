@@ -162,6 +162,19 @@ def test_no_prefill_is_measured_where_none_is_asked(bench: Bench) -> None:
     assert [(row["phase"], row["step_ms"]) for row in json.loads(out)["rows"]] == [("decode", None)]
 
 
+def test_stdout_is_the_reports_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says on stdout that a worker died."""
+
+    def measure(spec: ThroughputSpec, **_: Any) -> ThroughputReport:
+        sys.stdout.write("(raylet) A worker died\n")
+        return made_up(spec)
+
+    monkeypatch.setattr(throughput, "measure_throughput", measure)
+    code, out, error = bench("--json")
+    assert (code, error) == (0, "(raylet) A worker died\n")
+    assert set(json.loads(out)) == {"spec", "machine", "limits", "rows"}
+
+
 @pytest.mark.usefixtures("not_measured")
 def test_widest_tables_are_not_cut(bench: Bench) -> None:
     code, out, error = bench(

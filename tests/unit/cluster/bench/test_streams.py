@@ -105,9 +105,9 @@ def test_decode_rate_counts_only_while_all_decode() -> None:
     assert rate.median == pytest.approx(2.0)
 
 
-def test_decode_rate_counts_tokens_that_come_together() -> None:
-    rate = decode_rate(answering([[0.0, 1.0, 1.0, 2.0, 2.0]]), [[3]], num_tokens=5, repeats=1)
-    assert rate.median == pytest.approx(2.0)
+def test_decode_rate_counts_tokens_that_come_together_after_the_first_moment() -> None:
+    rate = decode_rate(answering([[0.0, 0.0, 1.0, 2.0, 2.0]]), [[3]], num_tokens=5, repeats=1)
+    assert rate.median == pytest.approx(1.5)
 
 
 def test_decode_rate_is_the_median_of_the_repeats() -> None:

@@ -1,0 +1,60 @@
+"""Every script of benchmarks/ starts; the quick ones run on small inputs."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reference_data import LOGIT_TOLERANCE, SHAPES
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted((ROOT / "benchmarks").glob("[a-z]*.py"))
+
+
+def run_script(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A script as `make bench` starts it, with one thread."""
+    command = [sys.executable, f"benchmarks/{name}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_scripts_are_found() -> None:
+    assert {path.stem for path in SCRIPTS} >= {"against_peers", "long_context", "nano_tasks", "precision"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_script_has_help(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: most of them load torch."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_long_context_compares_two_lengths() -> None:
+    done = run_script(
+        "long_context", "--short", "40", "--long", "120", "--repeats", "1", "--threads", "1", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert set(report["ms"]) == {"40", "120"}
+    short_ms, long_ms = (report["ms_without_indexer"][length] for length in ("40", "120"))
+    assert report["ratio"] == long_ms / short_ms > 0
+    parts = report["ms"]["120"]
+    assert sum(parts.values()) - parts["indexer"] == pytest.approx(long_ms)
+
+
+def test_precision_of_float32_is_that_of_the_goldens() -> None:
+    done = run_script("precision", "--dtypes", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    assert [(row["shape"], row["dtype"]) for row in rows] == [(shape, "float32") for shape in SHAPES]
+    assert min(row["top1"] for row in rows) == 1
+    assert max(row["mean_kl"] for row in rows) < 1e-9
+    assert max(row["max_logit_error"] / row["logit_std"] for row in rows) < LOGIT_TOLERANCE
