@@ -14,6 +14,8 @@ from model.precision import Form
 
 INT8_MAX = 127
 """Largest INT8 magnitude used: the codes are symmetrical."""
+LOW_UNITS = 128
+"""Steps of the low part of a row's value in one step of its high part."""
 SMALLEST_MAXIMUM = 1e-30
 """A row whose largest magnitude is below this is rounded to zeros: its inverse would not be a number."""
 DEFAULT_BLOCK = 128
@@ -121,8 +123,28 @@ def quantize_columns(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     return (weight_FD / factor_F[:, None]).round().to(torch.int8), factor_F
 
 
+def split_rows(x_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows as whole numbers 128 * high + low: high and low (R, D) float32, and the factor of each row (R,).
+
+    Two INT8 products then carry 15 bits of each value. Example: a row (1.0, -0.5) has factor 1 / (127 * 128),
+    16256 = 128 * 127 + 0 and -8128 = 128 * -64 + 64.
+    """
+    largest_R = x_RD.abs().amax(-1)
+    inverse_R = _inverse(largest_R)
+    whole_RD = (x_RD * inverse_R[..., None] * LOW_UNITS).round()
+    high_RD = (whole_RD / LOW_UNITS).round()
+    return high_RD, whole_RD - high_RD * LOW_UNITS, largest_R / INT8_MAX / LOW_UNITS
+
+
 def quantize_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
     """Integers (..., D) float32 in [-127, 127] and the factor of each row (...)."""
     largest_R = x_RD.abs().amax(-1)
-    inverse_R = torch.where(largest_R > SMALLEST_MAXIMUM, INT8_MAX / largest_R, 0.0)
+    inverse_R = _inverse(largest_R)
     return (x_RD * inverse_R[..., None]).round(), largest_R / INT8_MAX
+
+
+def _inverse(largest_R: Tensor) -> Tensor:
+    """What brings the largest values to 127; 0 where it would not be a number."""
+    # Not `127 / largest_R`: torch multiplies by the reciprocal there, and that rounds twice.
+    inverse_R = torch.full_like(largest_R, INT8_MAX) / largest_R
+    return torch.where(largest_R > SMALLEST_MAXIMUM, inverse_R, 0.0)

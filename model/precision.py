@@ -1,17 +1,17 @@
 """How weights are held in memory, and which of them in which form.
 
-Arithmetic is float32 everywhere but in routed experts held as INT8. Those are 97 % of the weights of the 671B
-model, and the only ones whose rounding leaves the choices of experts and positions alone: with every matrix
-in INT8 the reference checkpoints keep 81 to 86 % of their best tokens, with routed experts alone 97 % and
-more (docs/precision.md has the table and the script).
+Arithmetic is float32 everywhere but with INT8 weights, which multiply rows of two INT8 parts (15 bits a
+value). INT8 are routed experts, 97 % of the weights of the 671B model, and the output heads: their rounding
+leaves the choices of experts and positions mostly alone, that of the other matrices does not
+(docs/precision.md).
 
-| precision  | routed experts                     | the other matrices             |
-|------------|------------------------------------|--------------------------------|
-| `auto`     | as the checkpoint stores them      | as the checkpoint stores them  |
-| `float32`  | float32                            | float32                        |
-| `bfloat16` | bfloat16                           | bfloat16                       |
-| `fp8`      | FP8 blocks                         | FP8 blocks as stored, or BF16  |
-| `int8`     | INT8, one factor an output channel | FP8 blocks as stored, or BF16  |
+| precision  | routed experts                     | output heads  | the other matrices            |
+|------------|------------------------------------|---------------|-------------------------------|
+| `auto`     | as the checkpoint stores them      | as stored     | as stored                     |
+| `float32`  | float32                            | float32       | float32                       |
+| `bfloat16` | bfloat16                           | bfloat16      | bfloat16                      |
+| `fp8`      | FP8 blocks                         | as the others | FP8 blocks as stored, or BF16 |
+| `int8`     | INT8, one factor an output channel | INT8          | FP8 blocks as stored, or BF16 |
 
 The gate, the indexer's head weights and the norms are float32 in each.
 """
@@ -28,6 +28,11 @@ Form = Literal["float32", "bfloat16", "fp8", "int8"]
 def expert_form(precision: Precision, *, stored: Form) -> Form:
     """The form of a routed expert's matrices, of what the checkpoint stores."""
     return stored if precision == "auto" else precision
+
+
+def head_form(precision: Precision, *, stored: Form) -> Form:
+    """The form of an output head: INT8 as routed experts, since no choice follows it that could flip."""
+    return "int8" if precision == "int8" else matrix_form(precision, stored=stored)
 
 
 def matrix_form(precision: Precision, *, stored: Form) -> Form:

@@ -18,7 +18,7 @@ from model.checkpoint import Checkpoint
 from model.heap import HeapTrimmer, trim_heap
 from model.kernels.base import CacheNorms, Kernels
 from model.matrix import HeadMatrix, Matrix, Mlp
-from model.precision import Form, Precision, expert_form, matrix_form
+from model.precision import Form, Precision, expert_form, head_form, matrix_form
 from model.tensor_names import expected_tensors, expert_prefix, layer_prefix, mlp_tensors
 
 OnProgress = Callable[[int, int], None]
@@ -211,7 +211,7 @@ class _ModelReader:
             embed_VD=self._embedding("model.embed_tokens.weight"),
             layers=layers,
             norm_D=self._vector("model.norm.weight"),
-            head_VD=self._matrix("lm_head.weight"),
+            head_VD=self._head("lm_head.weight"),
             mtp=self._mtp(config.num_hidden_layers) if config.num_nextn_predict_layers else None,
         )
 
@@ -239,6 +239,12 @@ class _ModelReader:
         self._count()
         form = matrix_form("float32" if is_exact else self._packing.precision, stored=stored.form)
         return self._packing.kernels.pack(stored, form)
+
+    def _head(self, name: str) -> Matrix:
+        """An output head."""
+        stored = self._checkpoint.read_stored(name, shape=self._shapes[name])
+        self._count()
+        return self._packing.kernels.pack(stored, head_form(self._packing.precision, stored=stored.form))
 
     def _layer(self, prefix: str, layer_idx: int) -> LayerWeights:
         is_moe = self._config.is_moe_layer(layer_idx)
@@ -305,5 +311,5 @@ class _ModelReader:
             join_D2D=self._matrix(f"{prefix}eh_proj.weight"),
             layer=self._layer(prefix, layer_idx),
             norm_D=self._vector(f"{prefix}shared_head.norm.weight"),
-            head_VD=self._matrix(f"{prefix}shared_head.head.weight"),
+            head_VD=self._head(f"{prefix}shared_head.head.weight"),
         )

@@ -25,7 +25,7 @@ from cluster.bench.work import Forms, StepWork, count_step
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.kernels.choose import choose_kernels
-from model.precision import Form, Precision, expert_form, matrix_form
+from model.precision import Form, Precision, expert_form, head_form, matrix_form
 from model.profile import StepClock
 from model.tensor_names import expert_prefix
 from model.weights import OnProgress
@@ -135,7 +135,12 @@ def stored_forms(checkpoint: Checkpoint, dtype: Precision) -> Forms:
     layer_idx = checkpoint.config.moe_layer_ids[0]
     expert = _stored_form(checkpoint, f"{expert_prefix(layer_idx, 0)}gate_proj.weight")
     other = _stored_form(checkpoint, "model.layers.0.self_attn.q_a_proj.weight")
-    return Forms(experts=expert_form(dtype, stored=expert), others=matrix_form(dtype, stored=other))
+    head = _stored_form(checkpoint, "lm_head.weight")
+    return Forms(
+        experts=expert_form(dtype, stored=expert),
+        head=head_form(dtype, stored=head),
+        others=matrix_form(dtype, stored=other),
+    )
 
 
 def _stored_form(checkpoint: Checkpoint, name: str) -> Form:

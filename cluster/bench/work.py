@@ -38,6 +38,7 @@ class Forms:
     """How a model's weights are held."""
 
     experts: Form
+    head: Form
     others: Form
 
 
@@ -60,11 +61,7 @@ def count_step(
     routed = num_rows * config.num_experts_per_tok * num_moe * expert_weights
     head = config.vocab_size * config.hidden_size
     sparse_rows = [p for p in positions if p >= config.index_topk]
-    multiplied = (
-        num_rows * dense
-        + num_scored * head
-        + num_layers * _attention_products(config, positions, is_prompt=is_prompt)
-    )
+    multiplied = num_rows * dense + num_layers * _attention_products(config, positions, is_prompt=is_prompt)
     indexer = config.index_n_heads * (config.index_head_dim * config.q_lora_rank + config.hidden_size)
     indexer_keys = config.index_n_heads * config.index_head_dim
     multiplied += num_layers * sum(indexer + (p + 1) * indexer_keys for p in sparse_rows)
@@ -72,11 +69,17 @@ def count_step(
     cached = num_layers * sum(
         _cached_floats(config, p) for p in ({max(positions)} if is_prompt else positions)
     )
-    is_int8 = forms.experts == "int8"
+    in_int8 = 0.0
+    for form, products in ((forms.experts, routed), (forms.head, num_scored * head)):
+        if form == "int8":
+            in_int8 += products
+        else:
+            multiplied += products
     return StepWork(
-        float32_flops=2.0 * (multiplied + (0 if is_int8 else routed)),
-        int8_ops=2.0 * routed if is_int8 else 0.0,
-        num_bytes=(dense + head + num_layers * indexer * bool(sparse_rows)) * FORM_BYTES[forms.others]
+        float32_flops=2.0 * multiplied,
+        int8_ops=2.0 * in_int8,
+        num_bytes=(dense + num_layers * indexer * bool(sparse_rows)) * FORM_BYTES[forms.others]
+        + head * FORM_BYTES[forms.head]
         + touched * FORM_BYTES[forms.experts]
         + cached * _FLOAT_BYTES,
     )

@@ -16,7 +16,7 @@ from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, Assignments, CacheNorms, Reads
 from model.kernels.plain_attention import attend_causal, attend_expanded, attend_selected, row_blocks
 from model.linear import head_linear, linear
-from model.matrix import HeadMatrix, Matrix, Mlp, StoredMatrix, quantize_rows
+from model.matrix import LOW_UNITS, HeadMatrix, Matrix, Mlp, StoredMatrix, quantize_rows, split_rows
 from model.norms import layer_norm, rms_norm
 from model.precision import Form
 from model.rope import RopeTable, rotate_front, rotate_interleaved
@@ -46,7 +46,7 @@ class PlainMatrix:
 
 @dataclass(frozen=True, kw_only=True)
 class PlainInt8Matrix:
-    """An INT8 matrix times rows rounded to INT8; sums of products are exact, so no order of them matters."""
+    """An INT8 matrix times rows of two INT8 parts; products add up exactly, in any order."""
 
     codes_FD: Tensor
     """(F, D) int8."""
@@ -60,12 +60,17 @@ class PlainInt8Matrix:
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """`x @ W.T`: (R, F)."""
-        code_RD, factor_R = quantize_rows(x_RD)
-        exact_RF = torch.zeros(len(x_RD), len(self.codes_FD), dtype=torch.float64, device=x_RD.device)
-        for begin in range(0, x_RD.shape[1], EXACT_TERMS):
+        high_RD, low_RD, factor_R = split_rows(x_RD)
+        product_RF = self._dot(high_RD) * LOW_UNITS + self._dot(low_RD)
+        return product_RF * factor_R[:, None] * self.factor_F
+
+    def _dot(self, code_RD: Tensor) -> Tensor:
+        """Products of whole numbers, added up exactly and rounded once: (R, F) float32."""
+        exact_RF = torch.zeros(len(code_RD), len(self.codes_FD), dtype=torch.float64, device=code_RD.device)
+        for begin in range(0, code_RD.shape[1], EXACT_TERMS):
             part = slice(begin, begin + EXACT_TERMS)
             exact_RF += code_RD[:, part] @ self.codes_FD[:, part].to(torch.float32).t()
-        return exact_RF.to(torch.float32) * factor_R[:, None] * self.factor_F
+        return exact_RF.to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from model.precision import Form
 from model.rope import RopeTable
 
 _FLOAT_BYTES = 4
+FEW_ROWS = 64
+"""Up to so many rows an MLP is one call; more rows are worth a product's own order of blocks."""
 _Packed = TypeVar("_Packed")
 
 
@@ -73,6 +75,13 @@ class NativeMlp:
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """(R, D); the inner width is padded to whole panels, with zeros."""
+        if len(x_RD) <= FEW_ROWS:
+            x_RD = _rows(x_RD)
+            y_RD = torch.empty(len(x_RD), self._down.num_columns)
+            self._library.moray_mlp(
+                *self._structs, x_RD.data_ptr(), x_RD.stride(0), len(x_RD), y_RD.data_ptr(), self._num_threads
+            )
+            return y_RD
         joined = self._gate_up(x_RD)
         inner = joined.new_empty(len(joined), self._inner_width)
         self._library.moray_silu_multiply(
@@ -251,18 +260,15 @@ class NativeKernels:
         """All experts in one call."""
         x_RD = x_RD.contiguous()
         sums_RD = torch.zeros(x_RD.shape, dtype=torch.float64)
-        mlps = {expert_idx: _native(mlp, NativeMlp) for expert_idx, mlp in experts.items()}
+        expert_A = assignments.expert_idx_A.to(torch.int64).contiguous()
+        mlps = {idx: _native(experts[idx], NativeMlp) for idx in np.unique(expert_A.numpy()).tolist()}
         if len({mlp.kind for mlp in mlps.values()}) > 1:
             raise ValueError(f"experts {sorted(mlps)} are held in several forms")
         gate_up, down = np.zeros((2, max(mlps, default=0) + 1), dtype=np.int64)
         for expert_idx, mlp in mlps.items():
             gate_up[expert_idx], down[expert_idx] = mlp.gate_up_address, mlp.down_address
-        expert_A = assignments.expert_idx_A.to(torch.int64).contiguous()
         row_A = assignments.row_idx_A.to(torch.int64).contiguous()
         weight_A = assignments.weights_A.to(torch.float32).contiguous()
-        wanted = expert_A.numpy()
-        if not set(np.unique(wanted).tolist()) <= mlps.keys():
-            raise KeyError(f"experts {sorted(set(wanted.tolist()) - mlps.keys())} are not held")
         self._library.moray_experts(
             gate_up.ctypes.data, down.ctypes.data, len(gate_up), x_RD.data_ptr(), len(x_RD),
             expert_A.data_ptr(), row_A.data_ptr(), weight_A.data_ptr(), len(expert_A),

@@ -90,6 +90,7 @@ ARGUMENTS = {
     "moray_experts": (
         c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int,
     ),
+    "moray_mlp": (POINTER(Weight), POINTER(Weight), c_void_p, c_int64, c_int, c_void_p, c_int),
     "moray_rms_norm": (
         c_void_p, c_int64, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p, c_int,
     ),

@@ -94,9 +94,11 @@ def test_stored_int8_is_held_in_other_forms_by_value(name: str, form: Form) -> N
 
 
 def _product_of_codes(stored: StoredMatrix) -> Tensor:
-    """Rows rounded to INT8 each, times codes: exact sums."""
+    """Rows as 15-bit whole numbers, times codes: exact sums, rounded once for each part."""
     assert stored.factor_F is not None
     largest_R = X_RD.abs().amax(-1)
-    code_RD = (X_RD * (127 / largest_R)[:, None]).round()
-    exact_RF = (code_RD.double() @ stored.values_FD.double().T).float()
-    return exact_RF * (largest_R / 127)[:, None] * stored.factor_F
+    whole_RD = (X_RD * (torch.full_like(largest_R, 127) / largest_R)[:, None] * 128).round()
+    high_RD = (whole_RD / 128).round()
+    codes_DF = stored.values_FD.double().T
+    high_RF, low_RF = ((part.double() @ codes_DF).float() for part in (high_RD, whole_RD - high_RD * 128))
+    return (high_RF * 128 + low_RF) * (largest_R / 127 / 128)[:, None] * stored.factor_F

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.precision import Form, Precision, expert_form, matrix_form
+from model.precision import Form, Precision, expert_form, head_form, matrix_form
 
 TABLE: list[tuple[Precision, Form, Form, Form]] = [
     ("auto", "float32", "float32", "float32"),
@@ -25,3 +25,9 @@ TABLE: list[tuple[Precision, Form, Form, Form]] = [
 def test_forms_are_those_of_the_table(precision: Precision, stored: Form, expert: Form, other: Form) -> None:
     assert expert_form(precision, stored=stored) == expert
     assert matrix_form(precision, stored=stored) == other
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_head_is_held_as_other_matrices_but_in_int8(precision: Precision) -> None:
+    form = head_form(precision, stored="bfloat16")
+    assert form == ("int8" if precision == "int8" else matrix_form(precision, stored="bfloat16"))

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int BLOCK = 64;        // keys of one softmax step
-constexpr int PARTITION = 512;   // keys that one thread takes of a row: fixed places, added up in order
+constexpr int PARTITION = 128;   // keys that one thread takes of a row: fixed places, added up in order
 
 inline float max_lanes(VecF v) {
   float best = v[0];

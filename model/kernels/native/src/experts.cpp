@@ -19,11 +19,13 @@ struct Group {
 struct Activations {
   std::vector<uint8_t> bytes;
   std::vector<float> scales;
-  int padded;
+  int row_bytes;
 
   Activations(bool is_int8, int num_rows, int width)
-      : bytes(is_int8 ? (size_t)num_rows * ((width + 3) / 4 * 4) : 0), scales(num_rows), padded((width + 3) / 4 * 4) {}
-  void quantise(int row, const float* x, int width) { quantise_row(x, width, &bytes[(size_t)row * padded], &scales[row]); }
+      : scales(num_rows), row_bytes(2 * padded_width(width)) {
+    if (is_int8) bytes.resize((size_t)num_rows * row_bytes);
+  }
+  void split(int row, const float* x, int width) { split_row(x, width, &bytes[(size_t)row * row_bytes], &scales[row]); }
 };
 
 // The rows of one tile, wherever they lie.
@@ -35,11 +37,62 @@ struct Tile {
   void set(int m, const float* x, const Activations& q, int row) {
     values[m] = x;
     if (q.bytes.empty()) return;
-    quantised[m] = &q.bytes[(size_t)row * q.padded];
+    quantised[m] = &q.bytes[(size_t)row * q.row_bytes];
     scales[m] = q.scales[row];
   }
   Rows rows() const { return {values, quantised, scales}; }
 };
+
+// Rows of activations through SwiGLUs. Row a of the groups is row source(a) of x; take(a, column, values, count) gets
+// its outputs, on the thread that computes them.
+template <class Source, class Take>
+void run(const std::vector<Group>& groups, const float* x, int64_t x_stride, int num_rows, const Source& source, const Take& take,
+         int num_threads) {
+  const Weight &first = *groups[0].gate_up, &second = *groups[0].down;
+  const int hidden = first.width, width = second.width, num_all = groups.back().end;
+  const int kind = first.kind, rows = rows_of_tile(kind), columns = first.panel_columns();
+  const bool is_int8 = kind == INT8;
+  const int up_panel = (width + columns - 1) / columns;  // gate and up are padded to panels each
+  const size_t inner_stride = (size_t)up_panel * columns;
+  const std::unique_ptr<float[]> inner(new float[num_all * inner_stride]);
+  Activations outer_q(is_int8, num_rows, hidden), inner_q(is_int8, num_all, width);
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    alignas(64) float gate[TILE_ROWS * INT8_PANEL], up[TILE_ROWS * INT8_PANEL];
+    Tile tile;
+    if (is_int8) {
+#pragma omp for schedule(static)
+      for (int r = 0; r < num_rows; r++) outer_q.split(r, x + r * x_stride, hidden);
+    }
+    for (const Group& group : groups)
+      for (int p = up_panel * thread / threads; p < up_panel * (thread + 1) / threads; p++)
+        for (int a = group.begin; a < group.end; a += rows) {
+          const int m = std::min(rows, group.end - a);
+          for (int i = 0; i < m; i++) tile.set(i, x + source(a + i) * x_stride, outer_q, (int)source(a + i));
+          multiply_tile(*group.gate_up, p, tile.rows(), m, gate, columns);
+          multiply_tile(*group.gate_up, up_panel + p, tile.rows(), m, up, columns);
+          for (int i = 0; i < m; i++)
+            for (int j = 0; j < columns; j += LANES)
+              store(&inner[(a + i) * inner_stride + p * columns + j],
+                    vec_silu(load(gate + i * columns + j)) * load(up + i * columns + j));
+        }
+#pragma omp barrier
+    if (is_int8) {
+#pragma omp for schedule(static)
+      for (int a = 0; a < num_all; a++) inner_q.split(a, &inner[a * inner_stride], width);
+    }
+    const int panels = second.num_panels();
+    for (const Group& group : groups)
+      for (int p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
+        for (int a = group.begin; a < group.end; a += rows) {
+          const int m = std::min(rows, group.end - a), wide = std::min(columns, second.num_columns - p * columns);
+          for (int i = 0; i < m; i++) tile.set(i, &inner[(a + i) * inner_stride], inner_q, a + i);
+          multiply_tile(*group.down, p, tile.rows(), m, gate, columns);
+          for (int i = 0; i < m; i++) take(a + i, p * columns, gate + i * columns, wide);
+        }
+  }
+}
 
 }  // namespace
 
@@ -56,51 +109,23 @@ extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const*
   for (int e = 0; e < num_experts; e++)
     if (begin[e] < begin[e + 1]) groups.push_back({gate_up[e], down[e], begin[e], begin[e + 1]});
   for (int a = 0; a < num_assigned; a++) order[begin[expert_A[a]]++] = a;
-  const Weight &first = *groups[0].gate_up, &second = *groups[0].down;
-  const int hidden = first.width, width = second.width;
-  const int kind = first.kind, rows = rows_of_tile(kind), columns = first.panel_columns();
-  const bool is_int8 = kind == INT8;
-  const int up_panel = (width + columns - 1) / columns;  // gate and up are padded to panels each
-  const std::unique_ptr<float[]> inner(new float[(size_t)num_assigned * up_panel * columns]);
-  const size_t inner_stride = (size_t)up_panel * columns;
-  Activations outer_q(is_int8, num_rows, hidden), inner_q(is_int8, num_assigned, width);
-#pragma omp parallel num_threads(num_threads)
-  {
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    alignas(64) float gate[TILE_ROWS * INT8_PANEL], up[TILE_ROWS * INT8_PANEL];
-    Tile tile;
-    if (is_int8) {
-#pragma omp for schedule(static)
-      for (int r = 0; r < num_rows; r++) outer_q.quantise(r, x + (size_t)r * hidden, hidden);
-    }
-    for (const Group& group : groups)
-      for (int p = up_panel * thread / threads; p < up_panel * (thread + 1) / threads; p++)
-        for (int a = group.begin; a < group.end; a += rows) {
-          const int m = std::min(rows, group.end - a);
-          for (int i = 0; i < m; i++) tile.set(i, x + row_A[order[a + i]] * hidden, outer_q, (int)row_A[order[a + i]]);
-          multiply_tile(*group.gate_up, p, tile.rows(), m, gate, columns);
-          multiply_tile(*group.gate_up, up_panel + p, tile.rows(), m, up, columns);
-          for (int i = 0; i < m; i++)
-            for (int j = 0; j < columns; j += LANES)
-              store(&inner[(a + i) * inner_stride + p * columns + j],
-                    vec_silu(load(gate + i * columns + j)) * load(up + i * columns + j));
-        }
-#pragma omp barrier
-    if (is_int8) {
-#pragma omp for schedule(static)
-      for (int a = 0; a < num_assigned; a++) inner_q.quantise(a, &inner[a * inner_stride], width);
-    }
-    const int panels = second.num_panels();
-    for (const Group& group : groups)
-      for (int p = panels * thread / threads; p < panels * (thread + 1) / threads; p++)
-        for (int a = group.begin; a < group.end; a += rows) {
-          const int m = std::min(rows, group.end - a), wide = std::min(columns, hidden - p * columns);
-          for (int i = 0; i < m; i++) tile.set(i, &inner[(a + i) * inner_stride], inner_q, a + i);
-          multiply_tile(*group.down, p, tile.rows(), m, gate, columns);
-          for (int i = 0; i < m; i++) {
-            double* sum = sums + row_A[order[a + i]] * hidden + p * columns;
-            for (int j = 0; j < wide; j++) sum[j] += (double)(gate[i * columns + j] * weight_A[order[a + i]]);
-          }
-        }
-  }
+  const int hidden = groups[0].down->num_columns;
+  const auto source = [&](int a) { return row_A[order[a]]; };
+  const auto take = [&](int a, int column, const float* values, int count) {
+    double* sum = sums + row_A[order[a]] * hidden + column;
+    for (int j = 0; j < count; j++) sum[j] += (double)(values[j] * weight_A[order[a]]);
+  };
+  run(groups, x, groups[0].gate_up->width, num_rows, source, take, num_threads);
+}
+
+// y (R, D) = down(silu(gate x) * up x), for few rows: what moray_gemm does in three calls.
+extern "C" void moray_mlp(const Weight* gate_up, const Weight* down, const float* x, int64_t x_stride, int num_rows, float* y,
+                          int num_threads) {
+  if (num_rows == 0) return;
+  const int width = down->num_columns;
+  const auto source = [](int a) { return (int64_t)a; };
+  const auto take = [&](int a, int column, const float* values, int count) {
+    std::memcpy(y + (size_t)a * width + column, values, count * 4);
+  };
+  run({{gate_up, down, 0, num_rows}}, x, x_stride, num_rows, source, take, num_threads);
 }

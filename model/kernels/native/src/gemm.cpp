@@ -5,7 +5,8 @@
 //   BFLOAT16  [F/32][K][16] uint32: low half = column j, high half = column 16 + j
 //   FP8       [F/32][K][32] E4M3 bytes, and for each panel a float a block of K: [F/32][ceil(K/block)]
 //   INT8      [F/64][K/4][64][4] bytes, a float for each column, and 128 times each column's sum: activations
-//             travel as x/scale + 128 in unsigned bytes, because that is what the VNNI instruction takes
+//             travel as two bytes, x/scale = 128 * high + low, each + 128, because the VNNI instruction takes unsigned
+//             ones. One byte would be twice as fast where arithmetic is the limit, and four times as wrong.
 // F is padded with zeros to whole panels, K to a multiple of 4 for INT8.
 #include "gemm.h"
 
@@ -115,25 +116,29 @@ void fp8_tile(const Weight& w, int panel, const Rows& x, float* y, int y_stride)
 
 template <int M>
 void int8_tile(const Weight& w, int panel, const Rows& x, float* y, int y_stride) {
-  VecI sum[M][INT8_VECS] = {};
+  VecI high[M][INT8_VECS] = {}, low[M][INT8_VECS] = {};
   const uint8_t* values = w.values + panel * w.panel_bytes();
-  const int quads = (w.width + 3) / 4;
-  for (int k = 0; k < quads; k++) {
-    const uint8_t* at = values + (size_t)k * INT8_PANEL * 4;
+  const int padded = padded_width(w.width);
+  for (int k = 0; k < padded; k += 4) {
+    const uint8_t* at = values + (size_t)k * INT8_PANEL;
     for (int line = 0; line < 4; line++) __builtin_prefetch(at + 4096 + line * 64);
-#pragma GCC unroll 6
+#pragma GCC unroll 3
     for (int m = 0; m < M; m++) {
-      uint32_t quad;
-      std::memcpy(&quad, x.quantised[m] + 4 * k, 4);
+      uint32_t high_quad, low_quad;
+      std::memcpy(&high_quad, x.quantised[m] + k, 4);
+      std::memcpy(&low_quad, x.quantised[m] + padded + k, 4);
 #pragma GCC unroll 16
-      for (int v = 0; v < INT8_VECS; v++) sum[m][v] = dot4(sum[m][v], quad, at + v * LANES * 4);
+      for (int v = 0; v < INT8_VECS; v++) high[m][v] = dot4(high[m][v], high_quad, at + v * LANES * 4);
+#pragma GCC unroll 16
+      for (int v = 0; v < INT8_VECS; v++) low[m][v] = dot4(low[m][v], low_quad, at + v * LANES * 4);
     }
   }
   for (int m = 0; m < M; m++)
     for (int v = 0; v < INT8_VECS; v++) {
       const int column = panel * INT8_PANEL + v * LANES;
-      const VecI exact = sum[m][v] - *(const VecI*)(w.offset + column);
-      store(y + (size_t)m * y_stride + v * LANES, __builtin_convertvector(exact, VecF) * x.scales[m] * load(w.scales + column));
+      const VecI offset = *(const VecI*)(w.offset + column);
+      const VecF exact = __builtin_convertvector(high[m][v] - offset, VecF) * 128.f + __builtin_convertvector(low[m][v] - offset, VecF);
+      store(y + (size_t)m * y_stride + v * LANES, exact * x.scales[m] * load(w.scales + column));
     }
 }
 
@@ -183,34 +188,61 @@ void multiply_tile(const Weight& w, int panel, const Rows& x, int num_rows, floa
   choose_tile<TILE_ROWS>(w, panel, x, num_rows, y, y_stride);
 }
 
-void quantise_row(const float* x, int width, uint8_t* q, float* scale) {
+namespace {
+
+float largest_of(const float* x, int width) {
+  VecF high = {};
+  int k = 0;
+  for (; k + LANES <= width; k += LANES) high = larger(high, larger(load(x + k), -load(x + k)));
   float largest = 0.f;
-  for (int k = 0; k < width; k++) largest = std::max(largest, std::fabs(x[k]));
+  for (int i = 0; i < LANES; i++) largest = std::max(largest, high[i]);
+  for (; k < width; k++) largest = std::max(largest, std::fabs(x[k]));
+  return largest;
+}
+
+// What brings the largest to 127; nothing where it would not be a number.
+float inverse_of(float largest) { return largest > 1e-30f ? 127.f / largest : 0.f; }
+
+}  // namespace
+
+void quantise_row(const float* x, int width, uint8_t* q, float* scale) {
+  const float largest = largest_of(x, width), inverse = inverse_of(largest);
   *scale = largest / 127.f;
-  const float inverse = largest > 1e-30f ? 127.f / largest : 0.f;  // of less it would not be a number
   for (int k = 0; k < width; k++) q[k] = (uint8_t)((int)std::nearbyintf(x[k] * inverse) + 128);
-  for (int k = width; k < (width + 3) / 4 * 4; k++) q[k] = 128;
+  for (int k = width; k < padded_width(width); k++) q[k] = 128;
+}
+
+void split_row(const float* x, int width, uint8_t* q, float* scale) {
+  const float largest = largest_of(x, width), inverse = inverse_of(largest);
+  const int padded = padded_width(width);
+  *scale = largest / 127.f / 128.f;
+  for (int k = 0; k < width; k++) {
+    const float whole = std::nearbyintf(x[k] * inverse * 128.f), high = std::nearbyintf(whole / 128.f);
+    q[k] = (uint8_t)((int)high + 128);
+    q[padded + k] = (uint8_t)((int)(whole - high * 128.f) + 128);
+  }
+  for (int k = width; k < padded; k++) q[k] = q[padded + k] = 128;
 }
 
 // y (R, F) = x (R, K) W^T for each of `num_heads` weights behind each other; head h takes x + h * x_head and
 // writes y + h * y_head. Strides count floats.
 extern "C" void moray_gemm(const Weight* w, int num_heads, const float* x, int num_rows, int64_t x_stride, int64_t x_head,
                            float* y, int64_t y_stride, int64_t y_head, int num_threads) {
-  const int padded = (w->width + 3) / 4 * 4, panels = w->num_panels();
+  const int row_bytes = 2 * padded_width(w->width), panels = w->num_panels();
   const bool is_int8 = w->kind == INT8;
-  std::vector<uint8_t> bytes(is_int8 ? (size_t)num_rows * padded : 0);
+  std::vector<uint8_t> bytes(is_int8 ? (size_t)num_rows * row_bytes : 0);
   std::vector<float> scales(num_rows);
   std::vector<const float*> rows((size_t)num_rows * num_heads);
   std::vector<const uint8_t*> quantised(is_int8 ? num_rows : 0);
   for (int h = 0; h < num_heads; h++)
     for (int r = 0; r < num_rows; r++) rows[(size_t)h * num_rows + r] = x + r * x_stride + h * x_head;
-  for (int r = 0; r < num_rows && is_int8; r++) quantised[r] = bytes.data() + (size_t)r * padded;
+  for (int r = 0; r < num_rows && is_int8; r++) quantised[r] = bytes.data() + (size_t)r * row_bytes;
 #pragma omp parallel num_threads(num_threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     if (is_int8) {
 #pragma omp for schedule(static)
-      for (int r = 0; r < num_rows; r++) quantise_row(rows[r], w->width, bytes.data() + (size_t)r * padded, &scales[r]);
+      for (int r = 0; r < num_rows; r++) split_row(rows[r], w->width, bytes.data() + (size_t)r * row_bytes, &scales[r]);
     }
     const bool by_rows = num_rows >= 8 * TILE_ROWS * threads;
     const int tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS, units = by_rows ? tiles : panels * num_heads;

@@ -6,7 +6,7 @@ enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FP8 = 2, INT8 = 3 };
 
 constexpr int PANEL = 32;       // columns of a float panel
 constexpr int INT8_PANEL = 64;  // columns of an INT8 panel
-constexpr int INT8_ROWS = LANES == 16 ? 6 : (LANES == 8 ? 2 : 1);
+constexpr int INT8_ROWS = LANES == 16 ? 3 : 1;
 
 // A packed (F, K) weight.
 struct Weight {
@@ -33,10 +33,10 @@ struct Weight {
   }
 };
 
-// Rows of activations: as floats, or quantised.
+// Rows of activations: as floats, or as two bytes a value (split_row).
 struct Rows {
   const float* const* values;      // a pointer a row
-  const uint8_t* const* quantised; // a pointer a row, INT8 only
+  const uint8_t* const* quantised; // a pointer a row, INT8 only: high bytes, then low ones
   const float* scales;             // one a row, INT8 only
 };
 
@@ -45,3 +45,6 @@ void multiply_tile(const Weight& w, int panel, const Rows& x, int num_rows, floa
 int rows_of_tile(int kind);
 // (K,) floats to bytes around 128 and the factor that brings them back.
 void quantise_row(const float* x, int width, uint8_t* q, float* scale);
+// (K,) floats to whole numbers 128 * high + low: high bytes, padded to whole quads, then low ones, each around 128.
+void split_row(const float* x, int width, uint8_t* q, float* scale);
+inline int padded_width(int width) { return (width + 3) / 4 * 4; }

@@ -12,11 +12,11 @@ from tests.reference_data import checkpoint_dir
 @pytest.mark.parametrize(
     ("shape", "dtype", "forms"),
     [
-        ("default", "auto", Forms(experts="bfloat16", others="bfloat16")),
-        ("default", "int8", Forms(experts="int8", others="bfloat16")),
-        ("fp8", "auto", Forms(experts="fp8", others="fp8")),
-        ("fp8", "int8", Forms(experts="int8", others="fp8")),
-        ("fp8", "float32", Forms(experts="float32", others="float32")),
+        ("default", "auto", Forms(experts="bfloat16", head="bfloat16", others="bfloat16")),
+        ("default", "int8", Forms(experts="int8", head="int8", others="bfloat16")),
+        ("fp8", "auto", Forms(experts="fp8", head="bfloat16", others="fp8")),
+        ("fp8", "int8", Forms(experts="int8", head="int8", others="fp8")),
+        ("fp8", "float32", Forms(experts="float32", head="float32", others="float32")),
     ],
 )
 def test_forms_are_those_that_the_weights_are_held_in(shape: str, dtype: Precision, forms: Forms) -> None:

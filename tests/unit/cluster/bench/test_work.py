@@ -16,7 +16,7 @@ from model.sizes import hf_config
 from tests.unit.model.harness import SMALL_CONFIG
 
 SMALL = ModelConfig.from_hf(SMALL_CONFIG)
-FLOAT32 = Forms(experts="float32", others="float32")
+FLOAT32 = Forms(experts="float32", head="float32", others="float32")
 NUM_OTHERS = 12_032 + 1_280
 """Weights outside of the routed experts, no indexer but its keys."""
 NUM_INDEXER = 2 * (2 * 8 * 16 + 2 * 32)
@@ -80,7 +80,7 @@ def test_chunk_without_scored_rows_leaves_out_the_heads_arithmetic() -> None:
 
 
 def test_int8_experts_move_their_operations() -> None:
-    floats, integers = decode(2), decode(2, forms=Forms(experts="int8", others="float32"))
+    floats, integers = decode(2), decode(2, forms=Forms(experts="int8", head="float32", others="float32"))
     assert integers.int8_ops == 2 * 2 * EXPERT
     assert integers.float32_flops + integers.int8_ops == floats.float32_flops
     assert floats.num_bytes - integers.num_bytes == 3 * 2 * EXPERT
@@ -88,13 +88,13 @@ def test_int8_experts_move_their_operations() -> None:
 
 @pytest.mark.parametrize(("form", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("fp8", 1), ("int8", 1)])
 def test_form_of_experts_decides_their_bytes_only(form: Form, num_bytes: int) -> None:
-    work = decode(2, forms=Forms(experts=form, others="float32"))
+    work = decode(2, forms=Forms(experts=form, head="float32", others="float32"))
     assert work.num_bytes == num_bytes * 2 * EXPERT + 4 * (NUM_OTHERS + 2 * 3 * 20)
 
 
 @pytest.mark.parametrize(("form", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("fp8", 1)])
 def test_form_of_the_other_matrices_leaves_the_cache_in_float32(form: Form, num_bytes: int) -> None:
-    work = decode(9, forms=Forms(experts="int8", others=form))
+    work = decode(9, forms=Forms(experts="int8", head=form, others=form))
     others = num_bytes * (NUM_OTHERS + NUM_INDEXER)
     assert work.num_bytes == others + 2 * EXPERT + 4 * 2 * (5 * 20 + 10 * 8)
 
@@ -106,7 +106,7 @@ def test_distinct_experts_are_those_of_the_example(num_rows: int, num_experts: f
     wide, narrow = (
         count_step(
             config,
-            Forms(experts=form, others="float32"),
+            Forms(experts=form, head="float32", others="float32"),
             positions=[0] * num_rows,
             num_scored=num_rows,
             is_prompt=False,
