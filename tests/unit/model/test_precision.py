@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.precision import Form, Precision, expert_form, head_form, matrix_form
+from model.precision import PRECISIONS, Form, Precision, expert_form, head_form, matrix_form
 
 TABLE: list[tuple[Precision, Form, Form, Form]] = [
     ("auto", "float32", "float32", "float32"),

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int BLOCK = 64;        // keys of one softmax step
+constexpr int KEYS = 8;          // keys of one small product: as many as there are registers for their addresses
 constexpr int PARTITION = 128;   // keys that one thread takes of a row: fixed places, added up in order
 
 inline float max_lanes(VecF v) {
@@ -180,7 +181,19 @@ void transpose_query(const AbsorbedShape& s, const float* q, int padded, std::ve
     for (int x = 0; x < s.width; x++) to[(size_t)x * padded + h] = q[(size_t)h * s.width + x];
 }
 
-void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t* ids, int count, AbsorbedScratch& t, Partial& to) {
+// Keys that will be read next: their rows come from memory while others are computed.
+struct Ahead {
+  const int64_t* ids;
+  int count;
+
+  void fetch(const AbsorbedShape& s, const float* cache, int from) const {
+    for (int i = from; i < std::min(count, from + KEYS); i++)
+      for (int x = 0; x < s.width; x += 16) __builtin_prefetch(cache + ids[i] * s.row_stride + x, 0, 2);
+  }
+};
+
+void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t* ids, int count, const Ahead& ahead,
+                      AbsorbedScratch& t, Partial& to) {
   const int padded = round_up(s.num_heads, LANES);
   std::fill(to.best.begin(), to.best.end(), -INFINITY);
   std::fill(to.total.begin(), to.total.end(), 0.f);
@@ -189,10 +202,15 @@ void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t*
     const int keys = std::min(BLOCK, count - from);
     const float* rows[BLOCK];
     for (int i = 0; i < keys; i++) rows[i] = cache + ids[from + i] * s.row_stride;
-    const auto key = [&](int first) { return [=, &rows](int m, int k) { return rows[first + m][k]; }; };
+    const Ahead next = from + BLOCK < count ? Ahead{ids + from + BLOCK, count - from - BLOCK} : ahead;
     const float* query = t.query.data();
-    for (int v = 0; v < padded; v += LANES)
-      multiply<16>(keys, key, [=](int) { return Strided{query + v, (size_t)padded}; }, s.width, 1, t.score.data() + v, padded, nullptr);
+    for (int i = 0; i < keys; i += KEYS) {
+      next.fetch(s, cache, i);
+      const auto key = [=, &rows](int) { return [=, &rows](int m, int k) { return rows[i + m][k]; }; };
+      for (int v = 0; v < padded; v += LANES)
+        multiply<KEYS>(std::min(KEYS, keys - i), key, [=](int) { return Strided{query + v, (size_t)padded}; }, s.width, 1,
+                       &t.score[(size_t)i * padded + v], padded, nullptr);
+    }
     for (int h = 0; h < padded; h += LANES) {
       const VecF old = load(&to.best[h]);
       VecF best = old;
@@ -258,7 +276,10 @@ extern "C" void moray_attend_absorbed(const AbsorbedShape* shape, const float* c
     scratch.score.resize((size_t)BLOCK * padded), scratch.keep.resize(padded);
     const auto compute = [&](int r, int p, Partial& to) {
       to.resize(padded, s.num_heads, s.latent);
-      attend_partition(s, cache, ids[r] + p * PARTITION, std::min(PARTITION, counts[r] - p * PARTITION), scratch, to);
+      const int begin = p * PARTITION, end = std::min(begin + PARTITION, counts[r]), next = r + num_threads;
+      Ahead ahead{ids[r] + end, counts[r] - end};
+      if (end == counts[r] && next < num_rows) ahead = {ids[next], counts[next]};
+      attend_partition(s, cache, ids[r] + begin, end - begin, ahead, scratch, to);
     };
     if (is_split) {
       int held = -1;

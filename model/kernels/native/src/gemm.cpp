@@ -19,6 +19,7 @@ namespace {
 
 constexpr int VECS = PANEL / LANES;
 constexpr int INT8_VECS = INT8_PANEL / LANES;
+constexpr int PREFETCH = 8192;  // bytes of weights that are asked for ahead of their use
 constexpr int ROW_BLOCK = 192;  // rows whose activations stay in the second-level cache
 
 struct PanelF32 {
@@ -114,32 +115,41 @@ void fp8_tile(const Weight& w, int panel, const Rows& x, float* y, int y_stride)
     for (int v = 0; v < VECS; v++) store(y + (size_t)m * y_stride + v * LANES, total[m][v]);
 }
 
-template <int M>
-void int8_tile(const Weight& w, int panel, const Rows& x, float* y, int y_stride) {
-  VecI high[M][INT8_VECS] = {}, low[M][INT8_VECS] = {};
-  const uint8_t* values = w.values + panel * w.panel_bytes();
+// Vectors [first, first + V) of a panel.
+template <int M, int V>
+void int8_part(const Weight& w, int panel, int first, const Rows& x, float* y, int y_stride) {
+  VecI high[M][V] = {}, low[M][V] = {};
+  const uint8_t* values = w.values + panel * w.panel_bytes() + first * LANES * 4;
   const int padded = padded_width(w.width);
   for (int k = 0; k < padded; k += 4) {
     const uint8_t* at = values + (size_t)k * INT8_PANEL;
-    for (int line = 0; line < 4; line++) __builtin_prefetch(at + 4096 + line * 64);
-#pragma GCC unroll 3
+    // The whole panel's: a second part finds its weights in the cache.
+    for (int line = 0; line < INT8_PANEL * 4 && first == 0; line += 64) __builtin_prefetch(at + PREFETCH + line);
+#pragma GCC unroll 6
     for (int m = 0; m < M; m++) {
       uint32_t high_quad, low_quad;
       std::memcpy(&high_quad, x.quantised[m] + k, 4);
       std::memcpy(&low_quad, x.quantised[m] + padded + k, 4);
 #pragma GCC unroll 16
-      for (int v = 0; v < INT8_VECS; v++) high[m][v] = dot4(high[m][v], high_quad, at + v * LANES * 4);
+      for (int v = 0; v < V; v++) high[m][v] = dot4(high[m][v], high_quad, at + v * LANES * 4);
 #pragma GCC unroll 16
-      for (int v = 0; v < INT8_VECS; v++) low[m][v] = dot4(low[m][v], low_quad, at + v * LANES * 4);
+      for (int v = 0; v < V; v++) low[m][v] = dot4(low[m][v], low_quad, at + v * LANES * 4);
     }
   }
   for (int m = 0; m < M; m++)
-    for (int v = 0; v < INT8_VECS; v++) {
-      const int column = panel * INT8_PANEL + v * LANES;
+    for (int v = 0; v < V; v++) {
+      const int column = panel * INT8_PANEL + (first + v) * LANES;
       const VecI offset = *(const VecI*)(w.offset + column);
       const VecF exact = __builtin_convertvector(high[m][v] - offset, VecF) * 128.f + __builtin_convertvector(low[m][v] - offset, VecF);
-      store(y + (size_t)m * y_stride + v * LANES, exact * x.scales[m] * load(w.scales + column));
+      store(y + (size_t)m * y_stride + (first + v) * LANES, exact * x.scales[m] * load(w.scales + column));
     }
+}
+
+// More rows take half of a panel at a time, so that their sums stay in registers and each weight is read once.
+template <int M>
+void int8_tile(const Weight& w, int panel, const Rows& x, float* y, int y_stride) {
+  constexpr int V = M > INT8_ROWS / 2 && INT8_ROWS > 1 ? INT8_VECS / 2 : INT8_VECS;
+  for (int first = 0; first < INT8_VECS; first += V) int8_part<M, V>(w, panel, first, x, y, y_stride);
 }
 
 template <int M>

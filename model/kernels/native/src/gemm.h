@@ -6,7 +6,7 @@ enum Kind { FLOAT32 = 0, BFLOAT16 = 1, FP8 = 2, INT8 = 3 };
 
 constexpr int PANEL = 32;       // columns of a float panel
 constexpr int INT8_PANEL = 64;  // columns of an INT8 panel
-constexpr int INT8_ROWS = LANES == 16 ? 3 : 1;
+constexpr int INT8_ROWS = LANES == 16 ? 6 : 1;
 
 // A packed (F, K) weight.
 struct Weight {

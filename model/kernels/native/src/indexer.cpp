@@ -56,7 +56,7 @@ void score_floats(const IndexerShape& s, const Queries& q, const float* const* k
   const float* at = q.values.data();
   const size_t padded = q.padded;
   for (int v = 0; v < q.padded; v += LANES)
-    multiply<16>(num_keys, key, [=](int) { return Strided{at + v, padded}; }, s.width, 1, product + v, padded, nullptr);
+    multiply<8>(num_keys, key, [=](int) { return Strided{at + v, padded}; }, s.width, 1, product + v, padded, nullptr);
   for (int i = 0; i < num_keys; i++) {
     VecF sum = {};
     for (int v = 0; v < q.padded; v += LANES) sum += larger(load(product + i * padded + v), VecF{}) * load(&q.weight[v]);
