@@ -25,7 +25,7 @@ def report() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "floor"), [("arithmetic", 0.75), ("tool", 0.8), ("tool_loop", 0.8), ("json", 0.85)]
 )
-@pytest.mark.parametrize("precision", ["as stored", "int8 weights"])
+@pytest.mark.parametrize("precision", ["float32", "fp8", "int8"])
 def test_held_out_tasks_are_solved(report: dict[str, Any], precision: str, kind: str, floor: float) -> None:
     assert report["scores"][precision][kind] >= floor
 
