@@ -31,6 +31,8 @@ class ExpertConfig(WorkerGroupConfig):
     """Expert workers."""
     num_slots: int = Field(0, ge=0)
     """Expert slots of each worker in each MoE layer; 0 = just enough for every expert once."""
+    on_demand_experts: int = Field(256, ge=1)
+    """Experts outside its slots that a worker keeps after it had to load them for a lost worker's rows."""
 
 
 class AttentionConfig(WorkerGroupConfig):
@@ -74,7 +76,9 @@ class MtpConfig(FrozenConfig):
 class DispatchConfig(FrozenConfig):
     """How attention workers send tokens to expert workers."""
 
-    combine: Literal["exact"] = "exact"
-    """How partial sums travel and add up; exact = FP64, so that placement changes no bit."""
+    payload: Literal["float32", "bfloat16", "fp8"] = "float32"
+    """How rows travel; fp8 = E4M3 with one scale for 128 values (docs/transports.md has their errors)."""
+    combine: Literal["exact", "fp32", "bf16"] = "exact"
+    """How partial sums travel; exact = FP64, so that placement changes no bit; fp32 and bf16 are not order-free."""
     deadline_s: float = Field(60.0, gt=0)
     """Seconds for one layer's dispatch, retries included, before its requests fail."""

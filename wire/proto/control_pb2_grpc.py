@@ -45,6 +45,21 @@ class ControlStub:
                 request_serializer=wire_dot_proto_dot_control__pb2.ShutdownRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_control__pb2.ShutdownResponse.FromString,
                 _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/moray.v1.Control/Report',
+                request_serializer=wire_dot_proto_dot_control__pb2.ReportRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_control__pb2.ReportResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/moray.v1.Control/Scale',
+                request_serializer=wire_dot_proto_dot_control__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_control__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/moray.v1.Control/Rebalance',
+                request_serializer=wire_dot_proto_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_control__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -65,6 +80,27 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Report(self, request, context):
+        """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Changes how many workers a role has; answers when the cluster is as asked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Plans the placement anew and carries it out; answers when its routing table is published.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +113,21 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Shutdown,
                     request_deserializer=wire_dot_proto_dot_control__pb2.ShutdownRequest.FromString,
                     response_serializer=wire_dot_proto_dot_control__pb2.ShutdownResponse.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=wire_dot_proto_dot_control__pb2.ReportRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_control__pb2.ReportResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=wire_dot_proto_dot_control__pb2.ScaleRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_control__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=wire_dot_proto_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_control__pb2.RebalanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +185,87 @@ class Control:
             '/moray.v1.Control/Shutdown',
             wire_dot_proto_dot_control__pb2.ShutdownRequest.SerializeToString,
             wire_dot_proto_dot_control__pb2.ShutdownResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Control/Report',
+            wire_dot_proto_dot_control__pb2.ReportRequest.SerializeToString,
+            wire_dot_proto_dot_control__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Control/Scale',
+            wire_dot_proto_dot_control__pb2.ScaleRequest.SerializeToString,
+            wire_dot_proto_dot_control__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Control/Rebalance',
+            wire_dot_proto_dot_control__pb2.RebalanceRequest.SerializeToString,
+            wire_dot_proto_dot_control__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ class ControlStub:
     """The newest snapshot at once, then each newer one. The stream never ends by itself."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]
     """Stops every worker and then the controller; answers when the workers are gone."""
+    Report: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]
+    """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]
+    """Changes how many workers a role has; answers when the cluster is as asked."""
+    Rebalance: _grpc.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]
+    """Plans the placement anew and carries it out; answers when its routing table is published."""
 
 @_typing.type_check_only
 class ControlAsyncStub(ControlStub):
@@ -47,6 +53,12 @@ class ControlAsyncStub(ControlStub):
     """The newest snapshot at once, then each newer one. The stream never ends by itself."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Stops every worker and then the controller; answers when the workers are gone."""
+    Report: _aio.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]  # type: ignore[assignment]
+    """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+    Scale: _aio.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]  # type: ignore[assignment]
+    """Changes how many workers a role has; answers when the cluster is as asked."""
+    Rebalance: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]  # type: ignore[assignment]
+    """Plans the placement anew and carries it out; answers when its routing table is published."""
 
 class ControlServicer(metaclass=_abc_1.ABCMeta):
     """The controller's side of the control plane; every router and attention worker watches it."""
@@ -66,5 +78,29 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ShutdownResponse, _abc.Awaitable[_control_pb2.ShutdownResponse]]:
         """Stops every worker and then the controller; answers when the workers are gone."""
+
+    @_abc_1.abstractmethod
+    def Report(
+        self,
+        request: _control_pb2.ReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ReportResponse, _abc.Awaitable[_control_pb2.ReportResponse]]:
+        """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _control_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ScaleResponse, _abc.Awaitable[_control_pb2.ScaleResponse]]:
+        """Changes how many workers a role has; answers when the cluster is as asked."""
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _control_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RebalanceResponse, _abc.Awaitable[_control_pb2.RebalanceResponse]]:
+        """Plans the placement anew and carries it out; answers when its routing table is published."""
 
 def add_ControlServicer_to_server(servicer: ControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

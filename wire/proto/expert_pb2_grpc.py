@@ -46,6 +46,11 @@ class ExpertStub:
                 request_serializer=wire_dot_proto_dot_expert__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_expert__pb2.SlotReport.FromString,
                 _registered_method=True)
+        self.Beat = channel.unary_unary(
+                '/moray.v1.Expert/Beat',
+                request_serializer=wire_dot_proto_dot_expert__pb2.BeatRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_expert__pb2.BeatReport.FromString,
+                _registered_method=True)
 
 
 class ExpertServicer:
@@ -67,6 +72,13 @@ class ExpertServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Beat(self, request, context):
+        """A sign of life, and the rows counted since the last one: the controller's heartbeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +91,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=wire_dot_proto_dot_expert__pb2.DescribeRequest.FromString,
                     response_serializer=wire_dot_proto_dot_expert__pb2.SlotReport.SerializeToString,
+            ),
+            'Beat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Beat,
+                    request_deserializer=wire_dot_proto_dot_expert__pb2.BeatRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_expert__pb2.BeatReport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +154,33 @@ class Expert:
             '/moray.v1.Expert/Describe',
             wire_dot_proto_dot_expert__pb2.DescribeRequest.SerializeToString,
             wire_dot_proto_dot_expert__pb2.SlotReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Beat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Expert/Beat',
+            wire_dot_proto_dot_expert__pb2.BeatRequest.SerializeToString,
+            wire_dot_proto_dot_expert__pb2.BeatReport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class ExpertStub:
     """Loads the experts named and answers when they are all in memory; slots that hold them already are kept."""
     Describe: _grpc.UnaryUnaryMultiCallable[_expert_pb2.DescribeRequest, _expert_pb2.SlotReport]
     """What the worker holds now."""
+    Beat: _grpc.UnaryUnaryMultiCallable[_expert_pb2.BeatRequest, _expert_pb2.BeatReport]
+    """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
 
 @_typing.type_check_only
 class ExpertAsyncStub(ExpertStub):
@@ -51,6 +53,8 @@ class ExpertAsyncStub(ExpertStub):
     """Loads the experts named and answers when they are all in memory; slots that hold them already are kept."""
     Describe: _aio.UnaryUnaryMultiCallable[_expert_pb2.DescribeRequest, _expert_pb2.SlotReport]  # type: ignore[assignment]
     """What the worker holds now."""
+    Beat: _aio.UnaryUnaryMultiCallable[_expert_pb2.BeatRequest, _expert_pb2.BeatReport]  # type: ignore[assignment]
+    """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
 
 class ExpertServicer(metaclass=_abc_1.ABCMeta):
     """Expert workers. The data plane is a raw-frame stream (wire/frames.py):
@@ -72,5 +76,13 @@ class ExpertServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.SlotReport, _abc.Awaitable[_expert_pb2.SlotReport]]:
         """What the worker holds now."""
+
+    @_abc_1.abstractmethod
+    def Beat(
+        self,
+        request: _expert_pb2.BeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pb2.BeatReport, _abc.Awaitable[_expert_pb2.BeatReport]]:
+        """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
 
 def add_ExpertServicer_to_server(servicer: ExpertServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

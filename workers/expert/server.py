@@ -22,8 +22,8 @@ from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unar
 from workers.checkpoint import open_checkpoint
 from workers.config import ComputeConfig, ExpertConfig
 from workers.expert.service import ExpertService
-from workers.expert.slots import Place, SlotStore
-from workers.expert.types import Slot
+from workers.expert.slots import SlotStore
+from workers.expert.types import Place, Slot
 from workers.packing import make_packing
 from workers.progress import log_progress
 
@@ -57,7 +57,9 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         self._packing = make_packing(settings.group, settings.compute)
         self._checkpoint = open_checkpoint(checkpoint_dir)
         self.metrics = Metrics("expert")
-        self._store = SlotStore(self._load_experts)
+        self._store = SlotStore(self._load_experts, max_on_demand=settings.group.on_demand_experts)
+        self._num_workers: dict[str, int] = {}
+        """Role -> workers that the cluster is to have; the controller's, kept for it."""
         self._service = ExpertService(
             self._store,
             self._packing.kernels,
@@ -101,6 +103,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         slots = [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in request.slots]
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._loading, self._prepare, slots, request.table_version)
+        self._num_workers = dict(request.num_workers)
         return self._report()
 
     @unary_errors
@@ -108,6 +111,16 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         """What the worker holds now."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         return self._report()
+
+    @unary_errors
+    async def Beat(self, request: expert_pb2.BeatRequest, context: Context) -> expert_pb2.BeatReport:
+        """Says that it lives, and what it has computed since the last beat."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        report = expert_pb2.BeatReport(worker_id=self._worker_id)
+        for layer_idx, rows_E in self._service.load.drain().items():
+            experts = rows_E.nonzero()[0]
+            report.rows.add(layer_idx=layer_idx, expert_idx=experts, num_rows=rows_E[experts])
+        return report
 
     @stream_errors
     async def _forward(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
@@ -145,4 +158,5 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             table_version=self._store.table_version,
             slots=slots,
             weight_bytes=self._store.num_bytes(),
+            num_workers=self._num_workers,
         )

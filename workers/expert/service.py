@@ -11,6 +11,7 @@ from model.kernels.base import Assignments, Kernels
 from wire.errors import ExpertNotLoaded, FrameInvalid, InternalError, MorayError
 from wire.frames import Array, Frame, FrameKind
 from wire.metrics import Metrics
+from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class ExpertService:
         self._hidden_size = hidden_size
         self._metrics = metrics
         self._device = device
+        self.load = LoadCounters()
+        """Rows since the controller's last heartbeat."""
         self._rows_by_expert: Counter[tuple[int, int]] = Counter()
         self._num_rows = 0
         self._most_rows = 0
@@ -102,6 +105,7 @@ class ExpertService:
         return torch.from_numpy(array.copy()).to(self._device)
 
     def _count(self, layer_idx: int, expert_idx_A: Array) -> None:
+        self.load.count(layer_idx, expert_idx_A)
         experts, counts = np.unique(expert_idx_A, return_counts=True)
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
             self._rows_by_expert[layer_idx, expert] += count

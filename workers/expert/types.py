@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+Place = tuple[int, int]
+"""(layer_idx, expert_idx)."""
+
 
 @dataclass(frozen=True, order=True)
 class Slot:
@@ -10,3 +13,8 @@ class Slot:
     layer_idx: int
     slot_idx: int
     expert_idx: int
+
+    @property
+    def place(self) -> Place:
+        """What it holds."""
+        return (self.layer_idx, self.expert_idx)

@@ -137,3 +137,77 @@ def test_any_sequence_of_placements_is_held_as_told(rounds: list[dict[tuple[int,
             assert got == {expert: layer_idx * 100 + expert for layer, expert in wanted if layer == layer_idx}
         store.check_integrity()
         held = wanted
+
+
+def test_missing_experts_are_loaded_on_demand_and_kept_apart(loader: Loader) -> None:
+    store = SlotStore(loader, max_on_demand=4)
+    store.prepare([Slot(1, 0, 5)], table_version=1)
+    loader.asked.clear()
+    found = store.load_missing(1, [5, 6, 7, 6])
+    assert {expert: int(weights.gate.stored.values_FD[0, 0]) for expert, weights in found.items()} == {
+        5: 105,
+        6: 106,
+        7: 107,
+    }
+    assert found[5] is store.experts_of(1)[5]
+    assert loader.asked == [(1, 6), (1, 7)]
+    assert store.load_missing(1, [7, 6])[6] is found[6]
+    assert loader.asked == [(1, 6), (1, 7)]
+    assert set(store.experts_of(1)) == {5}
+    assert store.num_bytes() == 3 * 6 * 4
+    store.check_integrity()
+
+
+def test_experts_loaded_on_demand_are_bounded_and_the_oldest_go(loader: Loader) -> None:
+    store = SlotStore(loader, max_on_demand=2)
+    store.load_missing(1, [1, 2])
+    store.load_missing(1, [1])
+    assert set(store.load_missing(1, [3, 4, 5])) == {3, 4, 5}
+    assert store.on_demand() == [(1, 4), (1, 5)]
+
+
+def test_prepare_takes_what_was_loaded_on_demand(store: SlotStore, loader: Loader) -> None:
+    store = SlotStore(loader, max_on_demand=2)
+    loaded = store.load_missing(1, [6])[6]
+    store.prepare([Slot(1, 0, 6), Slot(1, 1, 7)], table_version=1)
+    assert loader.asked == [(1, 6), (1, 7)]
+    assert store.experts_of(1)[6] is loaded
+    assert store.on_demand() == []
+
+
+def test_expert_on_its_way_into_a_slot_is_not_loaded_twice(loader: Loader) -> None:
+    seen: list[Mlp] = []
+
+    def load(wanted: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Mlp]]:
+        for place, weights in loader(wanted):
+            yield place, weights
+            if len(wanted) > 1:  # the first of two is in memory, the slots are not published yet
+                seen.append(store.load_missing(1, [6])[6])
+
+    store = SlotStore(load, max_on_demand=2)
+    store.prepare([Slot(1, 0, 6), Slot(1, 1, 7)], table_version=1)
+    assert loader.asked == [(1, 6), (1, 7)]
+    assert seen[0] is seen[1] is store.experts_of(1)[6]
+
+
+def test_load_on_demand_that_fails_keeps_nothing(loader: Loader) -> None:
+    store = SlotStore(loader, max_on_demand=2)
+    loader.broken = {(1, 7)}
+    with pytest.raises(CheckpointInvalid, match=r"experts\.7"):
+        store.load_missing(1, [7])
+    assert store.on_demand() == []
+
+
+@given(
+    asked=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=8), bound=st.integers(1, 4)
+)
+def test_any_sequence_of_demands_gets_its_experts_within_the_bound(
+    asked: list[list[int]], bound: int
+) -> None:
+    store = SlotStore(Loader(), max_on_demand=bound)
+    for experts in asked:
+        found = store.load_missing(2, experts)
+        assert {e: int(w.gate.stored.values_FD[0, 0]) for e, w in found.items()} == {
+            e: 200 + e for e in experts
+        }
+        assert len(store.on_demand()) <= bound

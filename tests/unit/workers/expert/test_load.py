@@ -1,0 +1,58 @@
+"""Load counters: every row is counted once, and how even the counts are."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.expert.load import LoadCounters, summarise
+
+
+def test_rows_are_counted_by_layer_and_expert_until_drained() -> None:
+    counters = LoadCounters()
+    counters.count(1, np.array([0, 2, 2], np.int32))
+    counters.count(1, np.array([5], np.int32))
+    counters.count(2, np.array([1], np.int32))
+    assert {layer: rows.tolist() for layer, rows in counters.drain().items()} == {
+        1: [1, 0, 2, 0, 0, 1],
+        2: [0, 1],
+    }
+    assert counters.drain() == {}
+
+
+def test_no_rows_count_nothing() -> None:
+    counters = LoadCounters()
+    counters.count(1, np.array([], np.int32))
+    assert counters.drain() == {}
+
+
+@given(calls=st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6))
+def test_counts_are_those_of_all_calls_together(calls: list[list[int]]) -> None:
+    counters = LoadCounters()
+    for experts in calls:
+        counters.count(3, np.array(experts, np.int64))
+    rows = counters.drain().get(3, np.zeros(0))
+    flat = [expert for experts in calls for expert in experts]
+    assert rows.tolist() == np.bincount(flat).tolist() if flat else not rows.size
+
+
+def test_worked_example_of_the_summary() -> None:
+    summary = summarise([6, 2, 0, 0], num_top=3)
+    assert summary.balance == pytest.approx(2 / 6)
+    assert summary.gini == pytest.approx(0.625)
+    assert summary.top_rows == (6, 2, 0)
+
+
+def test_even_rows_are_balanced_and_no_rows_too() -> None:
+    even = summarise([3, 3, 3], num_top=8)
+    assert (even.balance, even.gini, even.top_rows) == (1.0, pytest.approx(0.0), (3, 3, 3))
+    assert summarise([0, 0], num_top=1).balance == 1.0
+
+
+@given(rows=st.lists(st.integers(0, 1000), min_size=1, max_size=12))
+def test_gini_is_the_mean_difference_of_all_pairs(rows: list[int]) -> None:
+    total = sum(rows)
+    if total == 0:
+        return
+    pairs = sum(abs(a - b) for a in rows for b in rows)
+    assert summarise(rows, num_top=1).gini == pytest.approx(pairs / (2 * len(rows) * total))

@@ -1,0 +1,75 @@
+"""Load counters: rows per layer and expert since somebody last asked, and how even they are."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSummary:
+    """How a number of rows spreads over the experts that a worker holds."""
+
+    balance: float
+    """Mean over most rows of an expert, (0, 1]; 1 without rows."""
+    gini: float
+    """0 = every expert has the same rows, towards 1 = one has all."""
+    top_rows: tuple[int, ...]
+    """Rows of the busiest experts, most first."""
+
+
+class LoadCounters:
+    """Counts rows; `count` is called by the arithmetic thread, `drain` by the network's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows_by_layer: dict[int, Ints] = {}
+
+    def count(self, layer_idx: int, expert_idx_A: npt.NDArray[np.integer]) -> None:
+        """Counts one row for every entry.
+
+        Args:
+            layer_idx: MoE layer.
+            expert_idx_A: (A,) logical experts, >= 0.
+        """
+        if not expert_idx_A.size:
+            return
+        rows = np.bincount(expert_idx_A)
+        with self._lock:
+            before = self._rows_by_layer.get(layer_idx)
+            if before is None or len(before) < len(rows):
+                grown = np.zeros(len(rows), dtype=np.int64)
+                grown[: 0 if before is None else len(before)] = 0 if before is None else before
+                before = self._rows_by_layer[layer_idx] = grown
+            before[: len(rows)] += rows
+
+    def drain(self) -> Mapping[int, Ints]:
+        """Layer -> (E',) rows by expert, up to the last one that had any, since the last call."""
+        with self._lock:
+            rows, self._rows_by_layer = self._rows_by_layer, {}
+        return rows
+
+
+def summarise(rows_E: Sequence[int] | Ints, *, num_top: int) -> LoadSummary:
+    """How even the rows of experts are.
+
+    Worked example: rows 6, 2, 0, 0 have mean 2, so balance 2 / 6, and a Gini coefficient of 0.625.
+
+    Source: Gini over sorted values, G = sum((2i - n - 1) x_i) / (n sum(x)), i from 1.
+    """
+    sorted_E = np.sort(np.asarray(rows_E, dtype=np.float64))
+    total = float(sorted_E.sum())
+    top = tuple(int(rows) for rows in sorted_E[::-1][:num_top])
+    if total == 0:
+        return LoadSummary(balance=1.0, gini=0.0, top_rows=top)
+    num = len(sorted_E)
+    rank_E = 2 * np.arange(1, num + 1) - num - 1
+    return LoadSummary(
+        balance=total / num / float(sorted_E[-1]),
+        gini=float((rank_E * sorted_E).sum()) / (num * total),
+        top_rows=top,
+    )
