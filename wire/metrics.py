@@ -11,6 +11,7 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_CALLS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -68,11 +69,25 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "moray_attention_dispatch_retries_total", Kind.COUNTER, "Calls sent again, by error.", ("reason",)
     ),
+    MetricSpec(
+        "moray_attention_dispatch_refused_total",
+        Kind.COUNTER,
+        "Answers of expert workers refused, by what was wrong.",
+        ("reason",),
+    ),
     MetricSpec("moray_attention_table_version", Kind.GAUGE, "Routing table in use."),
     MetricSpec(
         "moray_expert_rows_total", Kind.COUNTER, "Rows computed; a row counts once per chosen expert."
     ),
     MetricSpec("moray_expert_calls_total", Kind.COUNTER, "Forward calls answered, by result.", ("result",)),
+    MetricSpec(
+        "moray_expert_batch_calls",
+        Kind.HISTOGRAM,
+        "Calls of several attention workers computed together.",
+        (),
+        _CALLS,
+    ),
+    MetricSpec("moray_expert_queue_rows", Kind.GAUGE, "Rows received and not yet computed."),
     MetricSpec("moray_expert_forward_seconds", Kind.HISTOGRAM, "Arithmetic of one Forward.", (), _SECONDS),
     MetricSpec("moray_expert_slots", Kind.GAUGE, "Expert slots that hold weights."),
     MetricSpec("moray_expert_weights_bytes", Kind.GAUGE, "Bytes of expert weights held."),
@@ -83,6 +98,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_controller_table_version", Kind.GAUGE, "Routing table published."),
     MetricSpec("moray_controller_snapshot_version", Kind.GAUGE, "Cluster snapshot published."),
     MetricSpec("moray_controller_restarts_total", Kind.COUNTER, "Workers started again, by role.", ("role",)),
+    MetricSpec("moray_controller_heartbeats_missed_total", Kind.COUNTER, "Heartbeats without an answer."),
     MetricSpec("moray_controller_watchers", Kind.GAUGE, "Open table streams."),
 )
 

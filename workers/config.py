@@ -79,6 +79,6 @@ class DispatchConfig(FrozenConfig):
     payload: Literal["float32", "bfloat16", "fp8"] = "float32"
     """How rows travel; fp8 = E4M3 with one scale for 128 values (docs/transports.md has their errors)."""
     combine: Literal["exact", "fp32", "bf16"] = "exact"
-    """How partial sums travel; exact = FP64, so that placement changes no bit; fp32 and bf16 are not order-free."""
+    """How partial sums travel; exact = FP64: placement changes no bit; fp32 and bf16 are not order-free."""
     deadline_s: float = Field(60.0, gt=0)
     """Seconds for one layer's dispatch, retries included, before its requests fail."""

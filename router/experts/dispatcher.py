@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from router.experts.payload import PayloadForms, encode_rows, forward_tensors, read_partial
 from router.experts.plan import (
     Assignments,
     DispatchPlan,
@@ -46,8 +47,16 @@ class ExpertDispatcher:
     thread, which so never sees the table change within a step.
     """
 
-    def __init__(self, transport: ExpertTransport, *, deadline_s: float, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        transport: ExpertTransport,
+        *,
+        deadline_s: float,
+        metrics: Metrics,
+        forms: PayloadForms | None = None,
+    ) -> None:
         self._transport = transport
+        self.forms = forms or PayloadForms()
         self._deadline_s = deadline_s
         self.metrics = metrics
         self._changed = threading.Condition()
@@ -89,10 +98,12 @@ class ExpertDispatcher:
     def send_all(self, plan: DispatchPlan, x_TD: Float32) -> list[_Sent]:
         """Sends every call of a plan."""
         sent = []
+        encoded = encode_rows(x_TD, self.forms.rows)
         for call in plan.calls:
             frame = Frame(
                 kind=FrameKind.FORWARD,
-                tensors=(x_TD[call.token_idx_R], call.row_idx_A, call.expert_idx_A, call.weight_A),
+                tensors=forward_tensors(encoded, call),
+                flags=self.forms.flags,
                 table_version=plan.table_version,
                 layer_idx=plan.layer_idx,
             )
@@ -177,20 +188,27 @@ class PendingDispatch:
             if self._left_s() <= 0:
                 raise
             return False
-        self._check(reply, item.call)
+        try:
+            self._check(reply)
+            partial_RD = read_partial(
+                reply,
+                num_rows=item.call.token_idx_R.size,
+                hidden_size=self._x_TD.shape[1],
+                form=self._dispatcher.forms.sums,
+            )
+        except FrameInvalid as error:
+            self._metrics.counter("dispatch_refused_total", reason=error.field).inc()
+            raise FrameInvalid(f"{item.call.worker_id} {error.message}", field=error.field) from None
         self._metrics.counter("dispatch_bytes_total", direction="received").inc(reply.tensors[0].nbytes)
-        add_partial(total_TD, item.call, reply.tensors[0])
+        add_partial(total_TD, item.call, partial_RD)
         return True
 
-    def _check(self, reply: Frame, call: WorkerCall) -> None:
-        shape = (call.token_idx_R.size, self._x_TD.shape[1])
-        got = [(tensor.dtype.name, tensor.shape) for tensor in reply.tensors]
-        if reply.kind is not FrameKind.PARTIAL or got != [("float64", shape)]:
-            raise FrameInvalid(f"{call.worker_id} answered {reply.kind.name} {got}, wanted float64 {shape}")
+    def _check(self, reply: Frame) -> None:
         if reply.table_version != self._version or reply.layer_idx != self._layer_idx:
             raise FrameInvalid(
-                f"{call.worker_id} answered for table {reply.table_version} layer {reply.layer_idx}, "
-                f"wanted table {self._version} layer {self._layer_idx}"
+                f"answered for table {reply.table_version} layer {reply.layer_idx}, "
+                f"wanted table {self._version} layer {self._layer_idx}",
+                field="version",
             )
 
     def _left_s(self) -> float:

@@ -111,6 +111,6 @@ def join_assignments(parts: Sequence[Assignments]) -> Assignments:
     )
 
 
-def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64) -> None:
+def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64 | Float32) -> None:
     """Adds one worker's partial sums; FP64, so that the order of the workers changes no bit."""
     total_TD[call.token_idx_R] += partial_RD

@@ -16,6 +16,7 @@ import grpc.aio
 
 from router.experts.dispatcher import ExpertDispatcher
 from router.experts.grpc_transport import GrpcExpertTransport
+from router.experts.payload import PayloadForms
 from router.experts.table import table_from_proto
 from wire.errors import FrameInvalid, MorayError, from_rpc
 from wire.frames import Frame, FrameKind, encode_frame
@@ -73,8 +74,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         page_tokens = settings.engine.kv.page_tokens
         self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
         self._transport = GrpcExpertTransport(self._handshake)
+        dispatch = settings.dispatch
         self._dispatcher = ExpertDispatcher(
-            self._transport, deadline_s=settings.dispatch.deadline_s, metrics=self.metrics
+            self._transport,
+            deadline_s=dispatch.deadline_s,
+            metrics=self.metrics,
+            forms=PayloadForms(rows=dispatch.payload, sums=dispatch.combine),
         )
         experts = RemoteExperts(self._dispatcher)
         self._engine = build_engine(

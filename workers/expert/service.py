@@ -3,18 +3,34 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.kernels.base import Assignments, Kernels
-from wire.errors import ExpertNotLoaded, FrameInvalid, InternalError, MorayError
+from model.matrix import Mlp
+from router.experts.payload import ForwardRows, encode_sums, read_forward
+from wire.errors import ExpertNotLoaded, InternalError, MorayError
 from wire.frames import Array, Frame, FrameKind
 from wire.metrics import Metrics
 from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One frame among those that are answered together."""
+
+    idx: int
+    """Its place among them."""
+    frame: Frame
+    rows: ForwardRows
+    experts: Mapping[int, Mlp]
 
 
 class ExpertService:
@@ -42,67 +58,87 @@ class ExpertService:
 
     def answer(self, frame: Frame) -> Frame:
         """The PARTIAL frame of a FORWARD frame, or an ERROR frame that names what is wrong with it."""
-        try:
-            partial_RD = self._forward(frame)
-            result = "ok"
-            reply = Frame(
-                kind=FrameKind.PARTIAL,
-                tensors=(partial_RD,),
-                call_id=frame.call_id,
-                table_version=frame.table_version,
-                layer_idx=frame.layer_idx,
-            )
-        except MorayError as error:
-            result = type(error).__name__
-            reply = _error_frame(frame, error)
-        except Exception as error:  # noqa: BLE001  the stream carries others' calls: mapped and logged
-            _log.exception("Forward of layer %d failed", frame.layer_idx)
-            result = InternalError.__name__
-            reply = _error_frame(frame, InternalError(f"Forward: {type(error).__name__}: {error}"))
-        self._metrics.counter("calls_total", result=result).inc()
-        return reply
+        return self.answer_all([frame])[0]
 
-    def _forward(self, frame: Frame) -> Array:
-        x_RD, row_idx_A, expert_idx_A, weight_A = self._check(frame)
+    def answer_all(self, frames: Sequence[Frame]) -> list[Frame]:
+        """The answers to several frames, in order; those of one layer are computed together.
+
+        The kernels give a row the same bits whatever rows are beside it, so company changes no answer.
+        """
+        answers: dict[int, Frame] = {}
+        by_layer: dict[int, list[_Call]] = {}
+        for idx, frame in enumerate(frames):
+            try:
+                call = self._read(idx, frame)
+            except MorayError as error:
+                answers[idx] = self._refuse(frame, error)
+            else:
+                by_layer.setdefault(frame.layer_idx, []).append(call)
+        for calls in by_layer.values():
+            answers.update(zip([call.idx for call in calls], self._compute(calls), strict=True))
+        return [answers[idx] for idx in range(len(frames))]
+
+    def _read(self, idx: int, frame: Frame) -> "_Call":
+        """A frame that was checked, with the experts that it names."""
+        rows = read_forward(frame, hidden_size=self._hidden_size)
         experts = self._store.experts_of(frame.layer_idx)
-        wanted = np.unique(expert_idx_A).tolist()
-        missing = [expert for expert in wanted if expert not in experts]
+        missing = [expert for expert in np.unique(rows.expert_idx_A).tolist() if expert not in experts]
         if missing:
             raise ExpertNotLoaded(
                 f"layer {frame.layer_idx}: experts {missing} are not in a slot of this worker"
             )
+        return _Call(idx=idx, frame=frame, rows=rows, experts=experts)
+
+    def _compute(self, calls: "Sequence[_Call]") -> list[Frame]:
+        """The answers to calls of one layer."""
+        layer_idx = calls[0].frame.layer_idx
         began_s = time.perf_counter()
-        assignments = Assignments(
-            row_idx_A=self._tensor(row_idx_A),
-            expert_idx_A=self._tensor(expert_idx_A),
-            weights_A=self._tensor(weight_A),
-        )
-        partial_RD: Array = self._kernels.expert_sums(self._tensor(x_RD), assignments, experts).cpu().numpy()
+        try:
+            sums_RD = self._sums(calls)
+        except Exception as error:  # noqa: BLE001  the stream carries others' calls: mapped and logged
+            _log.exception("Forward of layer %d failed", layer_idx)
+            fault = InternalError(f"Forward: {type(error).__name__}: {error}")
+            return [self._refuse(call.frame, fault) for call in calls]
         self._metrics.histogram("forward_seconds").observe(time.perf_counter() - began_s)
-        self._count(frame.layer_idx, expert_idx_A)
-        return partial_RD
+        self._metrics.histogram("batch_calls").observe(len(calls))
+        self._metrics.counter("calls_total", result="ok").inc(len(calls))
+        answers = []
+        begin = 0
+        for call in calls:
+            end = begin + len(call.rows.x_RD)
+            answers.append(_partial_frame(call.frame, sums_RD[begin:end]))
+            begin = end
+            self._count(layer_idx, call.rows.expert_idx_A)
+        return answers
 
-    def _check(self, frame: Frame) -> tuple[Array, ...]:
-        """The four tensors of a FORWARD frame, refused unless every shape, dtype and index fits."""
-        dtypes = tuple(tensor.dtype.name for tensor in frame.tensors)
-        if frame.kind is not FrameKind.FORWARD or dtypes != ("float32", "int32", "int32", "float32"):
-            raise FrameInvalid(
-                f"wanted FORWARD with rows, row_idx, expert_idx, weights; got {frame.kind.name} {dtypes}"
-            )
-        x_RD, row_idx_A, expert_idx_A, weight_A = frame.tensors
-        if x_RD.ndim != 2 or x_RD.shape[1] != self._hidden_size:
-            raise FrameInvalid(f"rows have shape {x_RD.shape}; wanted (R, {self._hidden_size})")
-        if not row_idx_A.shape == expert_idx_A.shape == weight_A.shape or row_idx_A.ndim != 1:
-            raise FrameInvalid(
-                f"assignments have shapes {row_idx_A.shape}, {expert_idx_A.shape}, {weight_A.shape}"
-            )
-        if row_idx_A.size and (row_idx_A.min() < 0 or row_idx_A.max() >= x_RD.shape[0]):
-            raise FrameInvalid(f"an assignment names a row outside [0, {x_RD.shape[0]})")
-        return frame.tensors
+    def _sums(self, calls: "Sequence[_Call]") -> npt.NDArray[np.float64]:
+        """(R, D) sums of all calls, one behind another: one call of the kernel."""
+        starts = np.cumsum([0, *(len(call.rows.x_RD) for call in calls[:-1])], dtype=np.int32)
+        assignments = Assignments(
+            row_idx_A=self._tensor(
+                [c.rows.row_idx_A + start for c, start in zip(calls, starts, strict=True)]
+            ),
+            expert_idx_A=self._tensor([call.rows.expert_idx_A for call in calls]),
+            weights_A=self._tensor([call.rows.weight_A for call in calls]),
+        )
+        experts = calls[0].experts
+        if any(call.experts is not experts for call in calls):
+            experts = {expert: mlp for call in calls for expert, mlp in call.experts.items()}
+        sums_RD = self._kernels.expert_sums(
+            self._tensor([call.rows.x_RD for call in calls]), assignments, experts
+        )
+        sums: npt.NDArray[np.float64] = sums_RD.cpu().numpy()
+        return sums
 
-    def _tensor(self, array: Array) -> torch.Tensor:
-        # The copy is needed: the array is a read-only view of the received bytes.
-        return torch.from_numpy(array.copy()).to(self._device)
+    def _refuse(self, frame: Frame, error: MorayError) -> Frame:
+        self._metrics.counter("calls_total", result=type(error).__name__).inc()
+        meta = f"{type(error).__name__}: {error.message}".encode()
+        return Frame(kind=FrameKind.ERROR, call_id=frame.call_id, layer_idx=frame.layer_idx, meta=meta)
+
+    def _tensor(self, parts: Sequence[Array]) -> torch.Tensor:
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # torch takes no read-only array, and views of received bytes are.
+        return torch.from_numpy(joined if joined.flags.writeable else joined.copy()).to(self._device)
 
     def _count(self, layer_idx: int, expert_idx_A: Array) -> None:
         self.load.count(layer_idx, expert_idx_A)
@@ -116,6 +152,11 @@ class ExpertService:
         self._metrics.gauge("load_max_over_mean").set(self._most_rows * num_held / max(1, self._num_rows))
 
 
-def _error_frame(frame: Frame, error: MorayError) -> Frame:
-    meta = f"{type(error).__name__}: {error.message}".encode()
-    return Frame(kind=FrameKind.ERROR, call_id=frame.call_id, layer_idx=frame.layer_idx, meta=meta)
+def _partial_frame(frame: Frame, sums_RD: npt.NDArray[np.float64]) -> Frame:
+    return Frame(
+        kind=FrameKind.PARTIAL,
+        tensors=(encode_sums(sums_RD, frame.flags),),
+        call_id=frame.call_id,
+        table_version=frame.table_version,
+        layer_idx=frame.layer_idx,
+    )

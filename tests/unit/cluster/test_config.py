@@ -101,8 +101,8 @@ def test_unknown_key_names_the_nearest_at_any_depth(write: Any, text: str, field
             "config field 'kv.page_tokens': wanted a valid integer; got []",
         ),
         (
-            "dispatch: {combine: fp32}",
-            "config field 'dispatch.combine': wanted 'exact'; got 'fp32'",
+            "dispatch: {combine: fp16}",
+            "config field 'dispatch.combine': wanted 'exact', 'fp32' or 'bf16'; got 'fp16'",
         ),
         (
             "expert: {node_selector: {rack: 7}}",

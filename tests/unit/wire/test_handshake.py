@@ -30,7 +30,7 @@ def test_side_that_serves_nothing_accepts_any():
     [
         (Handshake(model="beef", page_tokens=64), "model", "beef"),
         (Handshake(model="f00d", page_tokens=32), "page_tokens", "32"),
-        (Handshake(model="f00d", page_tokens=64, protocol=PROTOCOL_VERSION + 1), "protocol version", "2"),
+        (Handshake(model="f00d", page_tokens=64, protocol=PROTOCOL_VERSION + 1), "protocol version", "3"),
     ],
 )
 def test_peer_that_differs_is_refused_with_both_values(theirs, what, value):

@@ -17,7 +17,7 @@ def test_name_follows_the_scheme(spec):
     assert re.fullmatch(rf"moray_({'|'.join(ROLES)})(_[a-z]+)+", spec.name)
     endings = {
         Kind.COUNTER: ("_total",),
-        Kind.HISTOGRAM: ("_seconds", "_bytes", "_tokens", "_rows"),
+        Kind.HISTOGRAM: ("_seconds", "_bytes", "_tokens", "_rows", "_calls"),
         Kind.GAUGE: ("_seconds", "_bytes", "_tokens", "_rows", *UNITLESS_GAUGES),
     }
     assert spec.name.endswith(endings[spec.kind])

@@ -221,18 +221,33 @@ def test_error_that_a_retry_does_not_mend_is_raised_at_once(error: MorayError) -
         (lambda f: replace(f, table_version=2), "answered for table 2 layer 3, wanted table 1 layer 3"),
         (lambda f: replace(f, layer_idx=4), "answered for table 1 layer 4, wanted table 1 layer 3"),
         (lambda f: replace(f, kind=FrameKind.SCORES), "answered SCORES"),
-        (lambda f: replace(f, tensors=()), r"answered PARTIAL \[\], wanted float64"),
+        (lambda f: replace(f, tensors=()), r"answered PARTIAL \[\], wanted \[\('float64'"),
         (lambda f: replace(f, tensors=f.tensors * 2), "answered PARTIAL"),
-        (lambda f: replace(f, tensors=(f.tensors[0].astype(np.float32),)), "float32.*wanted float64"),
-        (lambda f: replace(f, tensors=(f.tensors[0][:-1],)), "wanted float64"),
-        (lambda f: replace(f, tensors=(f.tensors[0][:, :-1],)), "wanted float64"),
-        (lambda f: replace(f, tensors=(f.tensors[0][:1],)), "wanted float64"),
+        (lambda f: replace(f, tensors=(f.tensors[0].astype(np.float32),)), r"float32.*wanted \[\('float64'"),
+        (lambda f: replace(f, tensors=(f.tensors[0][:-1],)), r"wanted \[\('float64'"),
+        (lambda f: replace(f, tensors=(f.tensors[0][:, :-1],)), r"wanted \[\('float64'"),
+        (lambda f: replace(f, tensors=(f.tensors[0][:1],)), r"wanted \[\('float64'"),
     ],
 )
 def test_reply_that_does_not_fit_is_refused(wrong: Callable[[Frame], Frame], what: str) -> None:
     lab = Lab(lambda _number, _worker, frame: wrong(partial_of(frame)))
     with pytest.raises(FrameInvalid, match=what):
         lab.run(random_choices(6))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda f: replace(f, table_version=2), "version"),
+        (lambda f: replace(f, tensors=()), "shape"),
+        (lambda f: replace(f, tensors=(f.tensors[0] * np.nan,)), "nonfinite"),
+    ],
+)
+def test_refused_reply_is_counted_by_reason(wrong: Callable[[Frame], Frame], reason: str) -> None:
+    lab = Lab(lambda _number, _worker, frame: wrong(partial_of(frame)))
+    with pytest.raises(FrameInvalid, match=r"^a answered"):
+        lab.run(random_choices(6))
+    assert lab.metric("refused_total", reason=reason) == 1
 
 
 def test_silence_until_the_deadline_is_a_lost_worker() -> None:

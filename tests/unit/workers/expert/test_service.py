@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from model.kernels.base import Assignments
 from model.kernels.choose import choose_kernels
 from model.matrix import Mlp, StoredMatrix
-from wire.frames import Array, Frame, FrameKind, decode_frame, encode_frame
+from router.experts.payload import RowForm, encode_rows, read_forward
+from wire.frames import (
+    FLAG_SUMS_BF16,
+    FLAG_SUMS_FP32,
+    Array,
+    Frame,
+    FrameKind,
+    decode_frame,
+    encode_frame,
+)
 from wire.metrics import Metrics
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
@@ -158,6 +167,46 @@ def test_unexpected_fault_is_an_error_frame_too(lab: Lab, monkeypatch: pytest.Mo
 def test_service_answers_after_an_error(lab: Lab) -> None:
     lab.answer(replace(forward(), layer_idx=5))
     assert lab.answer(forward()).kind is FrameKind.PARTIAL
+
+
+def test_calls_computed_together_get_the_bits_of_each_alone(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several attention workers' calls, one of another layer and one that is wrong among them."""
+    frames = [forward(rows, 2 * rows, seed=rows) for rows in (3, 1, 9, 4)]
+    frames.insert(2, replace(forward(2, 3, seed=7, experts=(1,)), layer_idx=5))
+    frames.insert(1, replace(forward(), tensors=()))
+    wanted = [Lab().answer(frame) for frame in frames]
+    runs = []
+    expert_sums = KERNELS.expert_sums
+    monkeypatch.setattr(KERNELS, "expert_sums", lambda x, *rest: runs.append(len(x)) or expert_sums(x, *rest))
+    got = lab.service.answer_all(frames)
+    assert runs == [3 + 1 + 9 + 4, 2]
+    assert [(a.kind, a.layer_idx) for a in got] == [(b.kind, b.layer_idx) for b in wanted]
+    assert [tensor.tobytes() for a in got for tensor in a.tensors] == [
+        tensor.tobytes() for b in wanted for tensor in b.tensors
+    ]
+    assert lab.metric("batch_calls_sum") == 5
+    assert lab.metric("batch_calls_count") == 2
+    assert lab.metric("calls_total", result="FrameInvalid") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [(0, "float64"), (FLAG_SUMS_FP32, "float32"), (FLAG_SUMS_BF16, "uint16")]
+)
+def test_sums_come_back_in_the_form_asked_for(lab: Lab, flags: int, dtype: str) -> None:
+    reply = lab.answer(replace(forward(), flags=flags))
+    assert [tensor.dtype.name for tensor in reply.tensors] == [dtype]
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_rows_of_fewer_bits_get_the_sums_of_what_they_say(lab: Lab, form: RowForm) -> None:
+    rows, *rest = forward().tensors
+    encoded, *scales = encode_rows(rows, form)
+    sent = replace(forward(), tensors=(encoded, *rest, *scales))
+    said = read_forward(sent, hidden_size=HIDDEN).x_RD
+    assert not np.array_equal(said, rows)
+    np.testing.assert_array_equal(lab.answer(sent).tensors[0], lab.answer(with_tensor(0, said)).tensors[0])
 
 
 def test_calls_rows_and_load_are_counted(lab: Lab) -> None:
