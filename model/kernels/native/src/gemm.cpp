@@ -19,7 +19,7 @@ namespace {
 
 constexpr int VECS = PANEL / LANES;
 constexpr int INT8_VECS = INT8_PANEL / LANES;
-constexpr int PREFETCH = 8192;  // bytes of weights that are asked for ahead of their use
+constexpr int PREFETCH = 2048;  // bytes of weights that are asked for ahead of their use
 constexpr int ROW_BLOCK = 192;  // rows whose activations stay in the second-level cache
 
 struct PanelF32 {

@@ -9,7 +9,7 @@ routed expert 1,536; a row needs two of eight. For one position, attention multi
 import pytest
 
 from cluster.bench.limits import MachineLimits
-from cluster.bench.work import Forms, StepWork, count_step
+from cluster.bench.work import Forms, StepWork, Work, count_step
 from model.config import ModelConfig
 from model.precision import Form
 from model.sizes import hf_config
@@ -24,7 +24,11 @@ NUM_INDEXER = 2 * (2 * 8 * 16 + 2 * 32)
 EXPERT = 1_536
 
 
-def decode(*positions: int, forms: Forms = FLOAT32) -> StepWork:
+def decode(*positions: int, forms: Forms = FLOAT32) -> Work:
+    return step(*positions, forms=forms).total
+
+
+def step(*positions: int, forms: Forms = FLOAT32) -> StepWork:
     return count_step(SMALL, forms, positions=positions, num_scored=len(positions), is_prompt=False)
 
 
@@ -63,7 +67,7 @@ def test_rows_of_a_step_share_weights_and_read_their_own_cache() -> None:
 
 
 def test_prompt_rows_are_expanded_and_read_the_cache_once() -> None:
-    work = count_step(SMALL, FLOAT32, positions=range(7), num_scored=1, is_prompt=True)
+    work = count_step(SMALL, FLOAT32, positions=range(7), num_scored=1, is_prompt=True).total
     attention = 2 * ((1 + 2 + 3 + 4 + 5) * 40 + 2 * 5 * 72)
     indexer = 2 * NUM_INDEXER + 2 * (6 + 7) * 2 * 8
     assert work.float32_flops == 2 * (7 * 12_032 + 1_280 + attention + indexer + 7 * 2 * EXPERT)
@@ -74,7 +78,7 @@ def test_prompt_rows_are_expanded_and_read_the_cache_once() -> None:
 
 def test_chunk_without_scored_rows_leaves_out_the_heads_arithmetic() -> None:
     scored, silent = (
-        count_step(SMALL, FLOAT32, positions=range(3), num_scored=n, is_prompt=True) for n in (1, 0)
+        count_step(SMALL, FLOAT32, positions=range(3), num_scored=n, is_prompt=True).total for n in (1, 0)
     )
     assert scored.float32_flops - silent.float32_flops == 2 * 1_280
 
@@ -114,11 +118,34 @@ def test_distinct_experts_are_those_of_the_example(num_rows: int, num_experts: f
         for form in ("bfloat16", "fp8")
     )
     of_one_expert = 11 * 3 * 1024 * 384
-    assert (wide.num_bytes - narrow.num_bytes) / of_one_expert == pytest.approx(num_experts, abs=0.05)
+    assert (wide.experts.num_bytes - narrow.experts.num_bytes) / of_one_expert == pytest.approx(
+        num_experts, abs=0.05
+    )
+
+
+LIMITS = MachineLimits(memory_bytes_per_s=100, float32_flops_per_s=10, int8_ops_per_s=40)
 
 
 @pytest.mark.parametrize(("num_bytes", "bound_s"), [(40, 0.5), (900, 9.0)])
-def test_bound_is_the_longer_of_arithmetic_and_memory(num_bytes: float, bound_s: float) -> None:
-    limits = MachineLimits(memory_bytes_per_s=100, float32_flops_per_s=10, int8_ops_per_s=40)
-    work = StepWork(float32_flops=3, int8_ops=8, num_bytes=num_bytes)
-    assert work.bound_s(limits) == pytest.approx(bound_s)
+def test_bound_of_a_phase_is_the_longer_of_arithmetic_and_memory(num_bytes: float, bound_s: float) -> None:
+    assert Work(float32_flops=3, int8_ops=8, num_bytes=num_bytes).bound_s(LIMITS) == pytest.approx(bound_s)
+
+
+def test_phases_of_a_step_add_up_and_overlap_only_in_the_looser_bound() -> None:
+    """Two phases of arithmetic, two of memory: 2 + 1 + 5 + 3 s one after another, 8 s of memory at once."""
+    work = StepWork(
+        matrices=Work(float32_flops=20, num_bytes=0),
+        attention=Work(float32_flops=10, num_bytes=0),
+        experts=Work(int8_ops=4, num_bytes=500),
+        head=Work(int8_ops=4, num_bytes=300),
+    )
+    assert work.bound_s(LIMITS) == pytest.approx(11)
+    assert work.overlapped_bound_s(LIMITS) == pytest.approx(8)
+
+
+def test_phases_hold_what_the_step_takes() -> None:
+    work = step(2, forms=Forms(experts="int8", head="bfloat16", others="float32"))
+    assert work.experts == Work(int8_ops=2 * 2 * EXPERT, num_bytes=2 * EXPERT)
+    assert work.head == Work(float32_flops=2 * 1_280, num_bytes=2 * 1_280)
+    assert work.attention == Work(float32_flops=2 * 2 * 3 * 72, num_bytes=4 * 2 * 3 * 20)
+    assert work.matrices == Work(float32_flops=2 * 12_032, num_bytes=4 * 12_032)

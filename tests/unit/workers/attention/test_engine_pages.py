@@ -7,8 +7,9 @@ import pytest
 from tests.reference_data import goldens
 from tests.unit.workers.attention.harness import make_spec, open_engine
 from wire.errors import InternalError, InvalidRequest, Overloaded, PromptTooLong, WorkerLost
+from workers.attention.engine import Engine
 from workers.attention.scoring import ScoreSpec
-from workers.attention.types import Source
+from workers.attention.types import SequenceState, Source
 
 PROMPT = tuple(range(3, 24))
 
@@ -155,17 +156,15 @@ def test_failed_step_fails_its_sequences_only(
 
 
 def test_sequence_that_ended_in_a_failing_step_is_not_failed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first ends with this step's token; sampling for the second breaks."""
-    import workers.attention.engine as module
+    """The first ends with this step's token; taking the second's breaks."""
+    append = Engine._append
 
-    sample = module.sample_token
-
-    def breaks_for_the_second(logits_V: object, sampling: object, *, position: int) -> int:
-        if position == 1:
+    def breaks_for_the_second(engine: Engine, sequence: SequenceState, token_id: int) -> None:
+        if sequence.spec.key[0] == "second":
             raise WorkerLost("broken")
-        return sample(logits_V, sampling, position=position)
+        append(engine, sequence, token_id)
 
-    monkeypatch.setattr(module, "sample_token", breaks_for_the_second)
+    monkeypatch.setattr(Engine, "_append", breaks_for_the_second)
     with open_engine("default") as lab:
         lab.door.hold()
         first = lab.submit(make_spec(PROMPT, request_id="first", max_tokens=1))

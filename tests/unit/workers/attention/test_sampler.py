@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention.sampler import sample_token
+from workers.attention.sampler import sample_token, sample_tokens
 from workers.attention.types import Sampling
 
 GREEDY = Sampling()
@@ -177,3 +177,15 @@ def test_every_bit_of_a_seed_counts() -> None:
 
     texts = [text(0), text(1), text(2**32), text(2**63), text(0, first=1)[:-1] + text(0)[:1]]
     assert len({tuple(tokens) for tokens in texts}) == len(texts)
+
+
+def test_tokens_of_a_batch_are_those_of_each_request_alone() -> None:
+    logits_BV = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
+    samplings = [GREEDY, Sampling(temperature=1.0, seed=5), GREEDY, Sampling(temperature=0.7, seed=9), GREEDY]
+    positions = [0, 3, 1, 7, 2]
+    alone = [
+        sample_token(logits_V, sampling, position=position)
+        for logits_V, sampling, position in zip(logits_BV, samplings, positions, strict=True)
+    ]
+    assert sample_tokens(logits_BV, samplings, positions=positions) == alone
+    assert len(set(alone)) > 1
