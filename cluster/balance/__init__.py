@@ -1,0 +1,1 @@
+"""How many replicas every expert gets and where they live: pure decisions, no clock and no I/O."""

@@ -1,0 +1,65 @@
+"""Where missing replicas go: the heaviest first, each to the lightest worker that may take it.
+
+Worked example: loads 6, 4, 3, 1 and one replica each on two workers of two slots. 6 goes to worker 0, 4 to
+worker 1, 3 to worker 1 (4 is less than 6), 1 to worker 0: both carry 7.
+
+Letters: L layers, E logical experts, W workers, X slots of one worker in one layer, Y missing replicas of a
+layer.
+"""
+
+import numpy as np
+
+from cluster.balance.measure import count_replicas
+from cluster.balance.state import Copies
+from cluster.balance.twins import part_twins
+from cluster.balance.types import EMPTY, Fleet, Floats, Ints
+
+
+def fill_slots(loads_LE: Floats, plan_LWX: Ints, count_LE: Ints, fleet: Fleet) -> Ints:
+    """(L, W, X) the plan with the replicas that it lacks of `count_LE` in its empty slots.
+
+    Args:
+        loads_LE: (L, E) loads, divided by their layer's mean.
+        plan_LWX: (L, W, X) what stays where it is; an expert may not have more replicas than its count.
+        count_LE: (L, E) replicas wanted; no more than there are slots.
+        fleet: the workers.
+    """
+    plan_LWX = plan_LWX.copy()
+    replica_LE = loads_LE / count_LE
+    expert_LY = _heaviest_first(replica_LE, count_LE - count_replicas(plan_LWX, loads_LE.shape[1]))
+    num_free_LW = (plan_LWX == EMPTY).sum(axis=2)
+    load_LW = _loads_of(plan_LWX, replica_LE)
+    load_LW[num_free_LW == 0] = np.inf  # a full worker takes nothing
+    copies = Copies.of(plan_LWX, fleet, num_experts=loads_LE.shape[1])
+    for expert_L in expert_LY.T:
+        layers = np.flatnonzero(expert_L != EMPTY)
+        experts = expert_L[layers]
+        cost_RW = load_LW[layers]
+        if (count_LE[layers, experts] > 1).any():
+            cost_RW = cost_RW + copies.handicaps(layers, experts)
+        workers = cost_RW.argmin(axis=1)
+        slots = (plan_LWX[layers, workers] == EMPTY).argmax(axis=1)
+        plan_LWX[layers, workers, slots] = experts
+        copies.add(layers, workers, experts)
+        num_free_LW[layers, workers] -= 1
+        loaded_R = load_LW[layers, workers] + replica_LE[layers, experts]
+        load_LW[layers, workers] = np.where(num_free_LW[layers, workers] > 0, loaded_R, np.inf)
+    is_scarce = fleet.num_slots < loads_LE.shape[1]
+    return part_twins(replica_LE, plan_LWX) if is_scarce else plan_LWX
+
+
+def _loads_of(plan_LWX: Ints, replica_LE: Floats) -> Floats:
+    taken_LWX = np.take_along_axis(replica_LE[:, None], np.maximum(plan_LWX, 0), axis=2)
+    load_LW: Floats = np.where(plan_LWX == EMPTY, 0.0, taken_LWX).sum(axis=2)
+    return load_LW
+
+
+def _heaviest_first(replica_LE: Floats, missing_LE: Ints) -> Ints:
+    """(L, Y) the expert of every missing replica, heaviest first; -1 past a layer's last."""
+    order_LE = np.argsort(-replica_LE, axis=1, kind="stable")
+    times_LE = np.take_along_axis(missing_LE, order_LE, axis=1)
+    num_missing_L = times_LE.sum(axis=1)
+    expert_LY = np.full((len(replica_LE), int(num_missing_L.max(initial=0))), EMPTY)
+    is_used_LY = np.arange(expert_LY.shape[1]) < num_missing_L[:, None]
+    expert_LY[is_used_LY] = np.repeat(order_LE.ravel(), times_LE.ravel())
+    return expert_LY
