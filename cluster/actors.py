@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,6 +41,8 @@ class StartReport:
     """Ray's id of the node it runs on."""
     started_s: int
     """Unix second in which it started."""
+    pid: int
+    """Its process on that node."""
     num_pages: int = 0
 
 
@@ -156,6 +159,7 @@ def _report(address: str, metrics_address: str, *, num_pages: int = 0) -> StartR
         metrics_address=metrics_address,
         node_id=ray.get_runtime_context().get_node_id(),
         started_s=int(time.time()),
+        pid=os.getpid(),
         num_pages=num_pages,
     )
 

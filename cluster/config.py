@@ -24,6 +24,12 @@ class ControllerConfig(FrozenConfig):
     """Seconds for a worker to start and load before it is started again."""
     restart_delay_s: float = Field(1.0, ge=0)
     """Seconds between two attempts to restart a worker."""
+    heartbeat_s: float = Field(0.5, gt=0)
+    """Seconds between two heartbeats of an expert worker, and for the answer to each."""
+    heartbeat_misses: int = Field(4, ge=1)
+    """Heartbeats in a row without an answer after which an expert worker is lost and started again."""
+    reader_lease_s: float = Field(15.0, gt=0)
+    """Seconds after which an attention worker that does not report keeps no old routing table alive."""
 
 
 class TopologyConfig(FrozenConfig):

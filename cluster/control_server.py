@@ -1,7 +1,8 @@
 """The controller's gRPC server: pushes snapshots to everyone who watches."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 import grpc.aio
 
@@ -10,11 +11,21 @@ from wire.proto import control_pb2, control_pb2_grpc
 from wire.rpc import SERVER_OPTIONS, Context, stream_errors, unary_errors
 
 
+class ControlHandler(Protocol):
+    """Who carries out what is asked of the controller."""
+
+    async def shutdown(self) -> None:
+        """Ends the whole cluster."""
+
+    async def on_report(self, member_id: str, table_version: int) -> None:
+        """An attention worker says which table it uses."""
+
+
 class ControlServer(control_pb2_grpc.ControlServicer):
     """Serves Control; `publish` is called from the same loop."""
 
-    def __init__(self, *, on_shutdown: Callable[[], Awaitable[None]], metrics: Metrics) -> None:
-        self._on_shutdown = on_shutdown
+    def __init__(self, handler: ControlHandler, *, metrics: Metrics) -> None:
+        self._handler = handler
         self._metrics = metrics
         self._newest: control_pb2.ClusterSnapshot | None = None
         self._changed = asyncio.Condition()
@@ -68,8 +79,16 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.ShutdownRequest, context: Context
     ) -> control_pb2.ShutdownResponse:
         """Stops the whole cluster."""
-        await self._on_shutdown()
+        await self._handler.shutdown()
         return control_pb2.ShutdownResponse()
+
+    @unary_errors
+    async def Report(
+        self, request: control_pb2.ReportRequest, context: Context
+    ) -> control_pb2.ReportResponse:
+        """Notes which table an attention worker uses."""
+        await self._handler.on_report(request.member_id, request.table_version)
+        return control_pb2.ReportResponse()
 
     async def _wait_newer(self, seen_version: int) -> control_pb2.ClusterSnapshot:
         async with self._changed:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +18,11 @@ from cluster.homes import Home, Needs, NodeCapacity, plan_home
 from cluster.topology.types import NodeTopology, RayNode, TopologyReader
 from wire.errors import MorayError, NotReady, WorkerLost
 
+_NAME_S = 10.0
+_NAME_POLL_S = 0.05
+_KILL_S = 0.3
+"""What Ray's own way of ending a process gets before it is killed."""
+
 
 class Launcher:
     """Actors by worker id, each on the node that `plan_home` chooses; used by one asyncio loop."""
@@ -26,6 +34,10 @@ class Launcher:
         self._head_node_id: str = ray.get_runtime_context().get_node_id()
         self._homes: dict[str, Home] = {}
         self._actors: dict[str, Any] = {}
+        self._pids: dict[str, tuple[str, int]] = {}
+        """Worker id -> node and process."""
+        self._killed: set[str] = set()
+        """Ids of actors that were killed; Ray may name one a little longer."""
         self._planning = asyncio.Lock()
 
     async def launch(self, worker_id: str, role: str) -> tuple[StartReport, NodeTopology]:
@@ -37,13 +49,14 @@ class Launcher:
             MorayError: what the worker itself raised.
         """
         async with self._planning:
-            actor = self._find(worker_id) or await self._create(worker_id, role)
+            actor = await self._find_alive(worker_id) or await self._create(worker_id, role)
         self._actors[worker_id] = actor
         spec = StartSpec(
             worker_id=worker_id, role=role, config=self._config, controller_address=self._controller_address
         )
         report: StartReport = await self._call(worker_id, actor.start.remote(spec))
         self._homes[worker_id] = Home(report.node_id, self._needs(role))
+        self._pids[worker_id] = (report.node_id, report.pid)
         return report, await self._topology_of(report.node_id)
 
     def running(self, worker_ids: Iterable[str]) -> list[str]:
@@ -58,12 +71,23 @@ class Launcher:
         """
         await self._call(worker_id, self._actors[worker_id].wait_stopped.remote())
 
-    def kill(self, worker_id: str) -> None:
-        """Ends a worker's process now, if there is one."""
+    async def kill(self, worker_id: str) -> None:
+        """Ends a worker's process now, if there is one, even one that is stopped (SIGSTOP)."""
         self._homes.pop(worker_id, None)
         actor = self._actors.pop(worker_id, None)
-        if actor is not None:
-            ray.kill(actor)
+        node_id, pid = self._pids.pop(worker_id, ("", 0))
+        if actor is None:
+            return
+        self._killed.add(actor._actor_id.hex())
+        ray.kill(actor)
+        # Ray asks a process to end and leaves it at that; one that is stopped would stay for ever.
+        await asyncio.sleep(_KILL_S)
+        if node_id == self._head_node_id:
+            kill_ray_process(pid)
+        elif node_id:
+            affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            remote: Any = ray.remote(kill_ray_process)
+            remote.options(num_cpus=0, scheduling_strategy=affinity).remote(pid)
 
     async def stop(self, worker_id: str, *, grace_s: float) -> None:
         """Lets a worker end by itself, then kills it."""
@@ -71,7 +95,7 @@ class Launcher:
         if actor is not None:
             with contextlib.suppress(MorayError, TimeoutError):
                 await asyncio.wait_for(self._call(worker_id, actor.stop.remote()), grace_s)
-        self.kill(worker_id)
+        await self.kill(worker_id)
 
     async def _call(self, worker_id: str, reference: Any) -> Any:
         try:
@@ -86,6 +110,15 @@ class Launcher:
     def _find(self, worker_id: str) -> Any | None:
         """The live actor of an earlier controller, so that a restarted one goes on with what runs."""
         return find_actor(worker_id, namespace=self._config.name)
+
+    async def _find_alive(self, worker_id: str) -> Any | None:
+        """As `_find`, but never an actor that was killed here: waits until Ray has let go of its name."""
+        for _ in range(round(_NAME_S / _NAME_POLL_S)):
+            actor = self._find(worker_id)
+            if actor is None or actor._actor_id.hex() not in self._killed:
+                return actor
+            await asyncio.sleep(_NAME_POLL_S)
+        raise NotReady(f"Ray still names the process of {worker_id} that was killed {_NAME_S:g} s ago")
 
     async def _create(self, worker_id: str, role: str) -> Any:
         needs = self._needs(role)
@@ -151,3 +184,13 @@ def _ray_node(raw: dict[str, Any]) -> RayNode:
         labels=raw.get("Labels") or {},
         resources=raw.get("Resources") or {},
     )
+
+
+def kill_ray_process(pid: int) -> None:
+    """Ends one of Ray's processes on this host; nothing when it is gone, or when it is not Ray's."""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if title.startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):
+        return

@@ -36,6 +36,7 @@ from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
 from workers.attention.kv_transfer import encode_transfer, receive_transfer
 from workers.attention.moe import RemoteExperts
+from workers.attention.reports import TableReports
 from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
 from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
@@ -93,16 +94,22 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
         )
+        self._reports = TableReports(
+            settings.controller_address, member_id=worker_id, table_in_use=self._table_in_use
+        )
         self._table_version = 0
         """Of the table built last; most snapshots carry it again."""
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
         self._prefill_channels: dict[str, grpc.aio.Channel] = {}
 
     async def start(self, port: int = 0) -> int:
         """Listens and follows the controller; returns the port."""
         self._engine.start()
-        self._watching = asyncio.create_task(self._watch.run(), name="watch")
+        self._watching = [
+            asyncio.create_task(self._watch.run(), name="watch"),
+            asyncio.create_task(self._reports.run(), name="reports"),
+        ]
         server = grpc.aio.server(options=SERVER_OPTIONS)
         attention_pb2_grpc.add_AttentionServicer_to_server(self, server)
         handlers: dict[str, grpc.RpcMethodHandler[object, object]] = {
@@ -123,10 +130,8 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         """Ends open calls, the engine and every channel; the port is free afterwards."""
         if self._server is not None:
             await self._server.stop(grace_s)
-        if self._watching is not None:
-            self._watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watching
+        for task in self._watching:
+            await _cancel(task)
         await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self._transport.close)
         for channel in self._prefill_channels.values():
@@ -239,8 +244,14 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             try:
                 self._dispatcher.set_table(table_from_proto(snapshot.table))
                 self._table_version = snapshot.table.version
+                self._reports.notice_change()
             except MorayError:
                 _log.exception("refused routing table %d; keeping the last one", snapshot.table.version)
+
+    async def _table_in_use(self) -> int:
+        version = self._table_version
+        await asyncio.wrap_future(self._engine.wait_step())
+        return version
 
 
 async def _cancel(task: "asyncio.Task[None]") -> None:

@@ -36,16 +36,20 @@ def snapshot(version: int, text: str = "") -> control_pb2.ClusterSnapshot:
 
 
 class Controller:
-    """A control server that notes who called Shutdown."""
+    """A control server that notes what it was asked."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.metrics = Metrics("controller")
         self.num_shutdowns = 0
         self.error = error
-        self.server = ControlServer(on_shutdown=self._on_shutdown, metrics=self.metrics)
+        self.reports: list[tuple[str, int]] = []
+        self.server = ControlServer(self, metrics=self.metrics)
         self.address = ""
 
-    async def _on_shutdown(self) -> None:
+    async def on_report(self, member_id: str, table_version: int) -> None:
+        self.reports.append((member_id, table_version))
+
+    async def shutdown(self) -> None:
         self.num_shutdowns += 1
         if self.error is not None:
             raise self.error
@@ -206,6 +210,16 @@ def test_shutdown_that_fails_says_why(error: Exception, wanted: type[Exception])
         async with controller(error=error) as control:
             with pytest.raises(wanted, match=str(error)):
                 await shut_down(control.address, deadline_s=TEST_S)
+
+    run(test())
+
+
+def test_report_reaches_the_controller() -> None:
+    async def test() -> None:
+        async with controller() as control, grpc.aio.insecure_channel(control.address) as channel:
+            stub = control_pb2_grpc.ControlStub(channel)
+            await stub.Report(control_pb2.ReportRequest(member_id="decode-0", table_version=7))
+            assert control.reports == [("decode-0", 7)]
 
     run(test())
 

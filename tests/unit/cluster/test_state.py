@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster.placement import ExpertShape
 from cluster.state import ROLE_TO_PROTO, ClusterState, MemberState
 from cluster.topology.types import NodeTopology
-from router.experts.table import table_from_proto
+from router.experts.table import RoutingTable, table_from_proto, table_to_proto
 from wire.proto import control_pb2
+from workers.expert.types import Slot
 
 SHAPE = ExpertShape(num_experts=4, layer_ids=(1, 2))
 MODEL = control_pb2.ModelInfo(name="tiny", vocab_tokens=300)
@@ -28,19 +29,34 @@ def make_state(*worker_ids: str, num_slots: int = 0) -> ClusterState:
 
 
 def start(state: ClusterState, worker_id: str, *, address: str = "h:1", **more: Any) -> None:
+    """A process starts; an expert worker holds nothing yet."""
     role = state.member(worker_id).role
     member = MemberState(worker_id=worker_id, role=role, address=address, node=node(worker_id), **more)
     state.on_started(member)
+    if role == "expert":
+        state.on_described(worker_id, [], table_version=0)
+
+
+def load(state: ClusterState, *worker_ids: str) -> None:
+    """These expert workers, or all, carry out what they are ordered to."""
+    for order in state.tables.plan_loads():
+        if not worker_ids or order.worker_id in worker_ids:
+            state.tables.on_loaded(order)
+    state.tables.renew()
 
 
 def bring_up(state: ClusterState, *worker_ids: str) -> None:
     """Starts all of them, then each is prepared and ready."""
     for worker_id in worker_ids:
         start(state, worker_id)
-    if any(member.role == "expert" for member in state.members()):
-        state.placement()
+    load(state)
     for worker_id in worker_ids:
         state.on_ready(worker_id)
+
+
+def lose(state: ClusterState, worker_id: str) -> None:
+    state.on_lost(worker_id, problem="gone")
+    state.tables.renew()
 
 
 def table_workers(state: ClusterState) -> list[str]:
@@ -128,35 +144,52 @@ def test_waiting_for_names_four_at_most() -> None:
     assert state.waiting_for() == "4 of 6 members: decode-0, decode-1, decode-2, decode-3"
 
 
-def test_placement_waits_until_every_expert_worker_has_a_node() -> None:
+def test_placement_waits_until_every_expert_worker_has_spoken() -> None:
     state = make_state("expert-0", "expert-1", "prefill-0")
     start(state, "expert-0")
-    assert state.placement() is None
+    assert state.tables.placement is None
+    assert not state.is_prepared("expert-0")
     start(state, "expert-1")
-    placement = state.placement()
-    assert placement is not None
-    assert list(placement) == ["expert-0", "expert-1"]
+    assert list(state.tables.placement or {}) == ["expert-0", "expert-1"]
 
 
-def test_placement_is_decided_once() -> None:
+def test_placement_stays_when_a_worker_is_lost() -> None:
     state = make_state("expert-0", "expert-1")
     bring_up(state, "expert-0", "expert-1")
-    placement = state.placement()
-    state.on_lost("expert-0", problem="gone")
+    placement = state.tables.placement
+    lose(state, "expert-0")
     state.on_started(
         MemberState(worker_id="expert-0", role="expert", address="h:2", node=node("elsewhere", "z"))
     )
-    assert state.placement() is placement
+    state.on_described("expert-0", [], table_version=0)
+    assert state.tables.placement is placement
+
+
+def test_restarted_controller_keeps_what_its_workers_hold() -> None:
+    held = {"expert-0": [1, 3], "expert-1": [0, 2]}
+    state = make_state("expert-0", "expert-1")
+    for worker_id, experts in held.items():
+        state.on_started(MemberState(worker_id=worker_id, role="expert", address="h:1", node=node("n")))
+        slots = [Slot(layer, idx, expert) for layer in (1, 2) for idx, expert in enumerate(experts)]
+        state.on_described(worker_id, slots, table_version=7)
+    assert state.tables.renew()
+    assert state.tables.plan_loads() == []
+    table = table_from_proto(state.snapshot().table)
+    assert table.version > 7
+    homes = {replica.expert_idx: table.worker_ids[replica.worker_idx] for replica in table.layers[1].replicas}
+    assert homes == {expert: worker_id for worker_id, experts in held.items() for expert in experts}
 
 
 def test_table_comes_when_the_last_expert_is_covered() -> None:
     state = make_state("expert-0", "expert-1")
     for worker_id in ("expert-0", "expert-1"):
         start(state, worker_id)
-    state.placement()
-    state.on_ready("expert-0")
+    orders = {order.worker_id: order for order in state.tables.plan_loads()}
+    state.tables.on_loaded(orders["expert-0"])
+    assert not state.tables.renew()
     assert not state.snapshot().HasField("table")
-    state.on_ready("expert-1")
+    state.tables.on_loaded(orders["expert-1"])
+    assert state.tables.renew()
     table = table_from_proto(state.snapshot().table)
     assert (table.version, table.worker_ids, list(table.layers)) == (1, ("expert-0", "expert-1"), [1, 2])
 
@@ -165,8 +198,7 @@ def test_table_with_replicas_comes_before_every_worker_is_ready() -> None:
     state = make_state("expert-0", "expert-1", num_slots=4)
     for worker_id in ("expert-0", "expert-1"):
         start(state, worker_id)
-    state.placement()
-    state.on_ready("expert-1")
+    load(state, "expert-1")
     assert table_workers(state) == ["expert-1"]
 
 
@@ -174,28 +206,41 @@ def test_table_without_the_lost_worker_when_replicas_exist() -> None:
     state = make_state("expert-0", "expert-1", num_slots=4)
     bring_up(state, "expert-0", "expert-1")
     before = state.table_version
-    state.on_lost("expert-0", problem="gone")
+    lose(state, "expert-0")
     assert table_workers(state) == ["expert-1"]
     assert state.table_version == before + 1
     bring_up(state, "expert-0")
     assert table_workers(state) == ["expert-0", "expert-1"]
 
 
-def test_table_stays_when_the_lost_worker_has_no_replica() -> None:
+def test_experts_without_a_replica_move_to_the_survivor_and_back() -> None:
     state = make_state("expert-0", "expert-1")
     bring_up(state, "expert-0", "expert-1")
     before = state.snapshot().table
-    state.on_lost("expert-0", problem="gone")
+    lose(state, "expert-0")
     assert state.snapshot().table == before
-
-
-def test_table_is_renewed_when_the_only_holder_is_back() -> None:
-    state = make_state("expert-0", "expert-1")
-    bring_up(state, "expert-0", "expert-1")
-    state.on_lost("expert-0", problem="gone")
-    before = state.table_version
+    load(state)
+    assert table_workers(state) == ["expert-1"]
     bring_up(state, "expert-0")
-    assert state.table_version == before + 1
+    table = table_from_proto(state.snapshot().table)
+    assert table.worker_ids == ("expert-0", "expert-1")
+    assert len(table.layers[1].replicas) == SHAPE.num_experts
+
+
+def test_table_message_is_made_once_for_every_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def to_proto(table: RoutingTable) -> control_pb2.RoutingTable:
+        made.append(table.version)
+        return table_to_proto(table)
+
+    monkeypatch.setattr("cluster.state.table_to_proto", to_proto)
+    state = make_state("expert-0", "expert-1", num_slots=4)
+    bring_up(state, "expert-0", "expert-1")
+    assert state.snapshot().table == state.snapshot().table
+    lose(state, "expert-0")
+    state.snapshot()
+    assert made == [1, 2]
 
 
 @pytest.mark.parametrize("worker_id", ["prefill-0", "router-0"])
@@ -204,20 +249,30 @@ def test_table_stays_when_who_holds_no_experts_comes_or_goes(worker_id: str) -> 
     bring_up(state, "expert-0")
     before = state.snapshot().table
     bring_up(state, worker_id)
-    state.on_lost(worker_id, problem="gone")
+    lose(state, worker_id)
     assert state.snapshot().table == before
 
 
-def test_next_version_is_above_what_any_worker_has_seen() -> None:
-    state = make_state("expert-0")
+def test_next_version_is_above_what_anybody_has_seen() -> None:
+    state = make_state("expert-0", "decode-0")
+    start(state, "decode-0")
     start(state, "expert-0")
-    state.placement()
-    state.on_version_seen(41)
-    state.on_version_seen(7)
-    assert state.next_table_version == 42
-    state.on_ready("expert-0")
-    assert state.snapshot().table.version == 42
-    assert state.table_version == 42
+    state.tables.on_version_seen(41)
+    load(state)
+    assert state.snapshot().table.version > 41
+    before = state.table_version
+    state.on_report("decode-0", before + 5)
+    assert state.tables.renew()
+    assert state.table_version > before + 5
+
+
+def test_report_of_a_member_that_does_not_run_counts_for_nothing() -> None:
+    state = make_state("expert-0", "decode-0")
+    bring_up(state, "expert-0")
+    before = state.table_version
+    for member_id in ("decode-0", "expert-0", "nobody"):
+        state.on_report(member_id, before + 5)
+    assert not state.tables.renew()
 
 
 def test_members_keep_the_order_of_the_config() -> None:
@@ -242,18 +297,27 @@ class ClusterLife(RuleBasedStateMachine):
         self.phase = dict.fromkeys((*EXPERTS, *OTHERS), DOWN)
         self.starts = dict.fromkeys(self.phase, 0)
         self.newest = self.state.snapshot()
-        self.seen_version = 0
 
     @rule(worker_id=st.sampled_from(EXPERTS + OTHERS))
     def step(self, worker_id: str) -> None:
-        """A member takes its next step towards work; an expert worker only once it has a placement."""
+        """A member takes its next step towards work; an expert worker is ready once it is prepared."""
         if self.phase[worker_id] == DOWN:
             self.starts[worker_id] += 1
             start(self.state, worker_id, incarnation=self.starts[worker_id])
             self.phase[worker_id] = STARTED
-        elif worker_id in OTHERS or self.state.placement() is not None:
+        elif worker_id in OTHERS or self.state.is_prepared(worker_id):
             self.state.on_ready(worker_id)
             self.phase[worker_id] = READY
+        self._publish()
+
+    @rule(worker_id=st.sampled_from(EXPERTS))
+    def load(self, worker_id: str) -> None:
+        for order in self.state.tables.plan_loads():
+            if order.worker_id == worker_id:
+                self.state.tables.on_loaded(order)
+            else:
+                self.state.tables.on_load_failed(order)
+                self.state.tables.retry(order.worker_id)
         self._publish()
 
     @precondition(lambda self: set(self.phase.values()) != {DOWN})
@@ -264,12 +328,8 @@ class ClusterLife(RuleBasedStateMachine):
         self.phase[worker_id] = DOWN
         self._publish()
 
-    @rule(version=st.integers(0, 100))
-    def see_version(self, version: int) -> None:
-        self.state.on_version_seen(version)
-        self.seen_version = max(self.seen_version, version)
-
     def _publish(self) -> None:
+        self.state.tables.renew()
         older, self.newest = self.newest, self.state.snapshot()
         assert self.newest.version == older.version + 1
         assert self.newest.HasField("table") or not older.HasField("table")
@@ -287,36 +347,10 @@ class ClusterLife(RuleBasedStateMachine):
         assert (self.newest.waiting_for == "") == (set(self.phase.values()) == {READY})
 
     @invariant()
-    def table_is_whole_and_its_workers_hold_their_slots(self) -> None:
-        if not self.newest.HasField("table"):
-            return
-        table = table_from_proto(self.newest.table)
-        placement = self.state.placement()
-        assert placement is not None
-        assert all(self.starts[worker_id] for worker_id in table.worker_ids)
-        for layer_idx, routes in table.layers.items():
-            for replica in routes.replicas:
-                slots = placement[table.worker_ids[replica.worker_idx]]
-                found = [
-                    (s.expert_idx)
-                    for s in slots
-                    if (s.layer_idx, s.slot_idx) == (layer_idx, replica.slot_idx)
-                ]
-                assert found == [replica.expert_idx]
-
-    @invariant()
-    def ready_workers_that_cover_every_expert_are_the_table(self) -> None:
-        placement = self.state.placement()
-        ready = [worker_id for worker_id in EXPERTS if self.phase[worker_id] == READY]
-        if placement is None:
-            return
-        held = {(s.layer_idx, s.expert_idx) for worker_id in ready for s in placement[worker_id]}
-        if len(held) == len(SHAPE.layer_ids) * SHAPE.num_experts:
-            assert list(self.newest.table.worker_ids) == ready
-
-    @invariant()
-    def next_version_is_above_all_that_was_seen(self) -> None:
-        assert self.state.next_table_version > max(self.seen_version, self.newest.table.version)
+    def all_ready_and_settled_is_the_whole_table(self) -> None:
+        is_whole = all(self.state.is_prepared(worker_id) for worker_id in EXPERTS)
+        if is_whole:
+            assert tuple(self.newest.table.worker_ids) == EXPERTS
 
 
 ClusterLife.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
