@@ -14,12 +14,14 @@ import numpy as np
 
 from cluster.balance.another import best_replica
 from cluster.balance.exchange import best_exchange
+from cluster.balance.instead import best_instead
 from cluster.balance.measure import count_replicas
 from cluster.balance.state import Copies
 from cluster.balance.types import Bools, Fleet, Floats, Ints
 from cluster.balance.view import Choice, View, look_at
 
 SMALLEST_GAIN = 1e-9
+NO_STEP = -1
 STEPS_PER_WORKER = 4
 """Steps in a layer for each of its workers, at most; most layers need less than one."""
 
@@ -41,17 +43,26 @@ def refine(loads_LE: Floats, plan_LWX: Ints, target_L: Floats, fleet: Fleet) -> 
         view = look_at(loads_LE, plan_LWX, count_LE, layer_R, target_L)
         if not len(view.layer_R):
             break
-        exchange, replica = best_exchange(view, copies), best_replica(view, copies, loads_LE, count_LE)
-        is_exchange_R = (exchange.gain_R >= replica.gain_R) & (exchange.gain_R > SMALLEST_GAIN)
-        is_replica_R = ~is_exchange_R & (replica.gain_R > SMALLEST_GAIN)
-        _apply_exchanges(plan_LWX, copies, view, exchange, is_exchange_R)
-        _apply_replicas(plan_LWX, copies, view, replica, is_replica_R)
-        layer_R = view.layer_R[is_exchange_R | is_replica_R]
+        layer_R = view.layer_R[_step(loads_LE, plan_LWX, count_LE, copies, view)]
         count_LE[layer_R] = count_replicas(plan_LWX[layer_R], loads_LE.shape[1])
     return plan_LWX
 
 
-def _apply_exchanges(plan_LWX: Ints, copies: Copies, view: View, choice: Choice, is_done_R: Bools) -> None:
+def _step(loads_LE: Floats, plan_LWX: Ints, count_LE: Ints, copies: Copies, view: View) -> Bools:
+    """Does the best step of every row; (R,) whether there was one that gains."""
+    exchange, another = best_exchange(view, copies), best_replica(view, copies, loads_LE, count_LE)
+    instead, expert_R = best_instead(view, copies, loads_LE, count_LE)
+    gain_KR = np.stack([exchange.gain_R, another.gain_R, instead.gain_R])
+    kind_R = np.where(gain_KR.max(axis=0) > SMALLEST_GAIN, gain_KR.argmax(axis=0), NO_STEP)
+    _exchange(plan_LWX, copies, view, exchange, kind_R == 0)
+    hot_expert_R = view.hot_expert_RX[np.arange(len(kind_R)), another.hot_slot_R]
+    _replace(plan_LWX, copies, view, another, hot_expert_R, kind_R == 1)
+    _replace(plan_LWX, copies, view, instead, expert_R, kind_R == 2)
+    is_done_R: Bools = kind_R != NO_STEP
+    return is_done_R
+
+
+def _exchange(plan_LWX: Ints, copies: Copies, view: View, choice: Choice, is_done_R: Bools) -> None:
     hot = (view.layer_R[is_done_R], view.hot_R[is_done_R], choice.hot_slot_R[is_done_R])
     other = (view.layer_R[is_done_R], choice.worker_R[is_done_R], choice.slot_R[is_done_R])
     given, taken = plan_LWX[hot], plan_LWX[other]
@@ -60,8 +71,9 @@ def _apply_exchanges(plan_LWX: Ints, copies: Copies, view: View, choice: Choice,
     plan_LWX[hot], plan_LWX[other] = taken, given
 
 
-def _apply_replicas(plan_LWX: Ints, copies: Copies, view: View, choice: Choice, is_done_R: Bools) -> None:
-    hot = (view.layer_R[is_done_R], view.hot_R[is_done_R], choice.hot_slot_R[is_done_R])
-    other = (view.layer_R[is_done_R], choice.worker_R[is_done_R], choice.slot_R[is_done_R])
-    copies.replace(other[0], other[1], plan_LWX[other], plan_LWX[hot])
-    plan_LWX[other] = plan_LWX[hot]
+def _replace(
+    plan_LWX: Ints, copies: Copies, view: View, choice: Choice, expert_R: Ints, is_done_R: Bools
+) -> None:
+    slot = (view.layer_R[is_done_R], choice.worker_R[is_done_R], choice.slot_R[is_done_R])
+    copies.replace(slot[0], slot[1], plan_LWX[slot], expert_R[is_done_R])
+    plan_LWX[slot] = expert_R[is_done_R]

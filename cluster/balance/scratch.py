@@ -18,7 +18,7 @@ from cluster.balance.measure import worker_loads
 from cluster.balance.replicas import plan_replicas
 from cluster.balance.types import EMPTY, Fleet, Floats, Ints
 
-LEFT_OUT = (0.0, 0.05, 0.1, 0.2)
+LEFT_OUT = (0.05, 0.1, 0.2)
 """Parts of the mean load that are left out of every expert's load when replicas are counted."""
 
 
@@ -39,19 +39,23 @@ def plan_from_scratch(loads_LE: Floats, fleet: Fleet) -> Sketch:
         loads_LE: (L, E) loads, divided by their layer's mean, > 0.
         fleet: the workers; their slots hold every expert at least once.
     """
-    best = _sketch(loads_LE, loads_LE, fleet)
+    num_slots = fleet.num_workers * fleet.num_slots
+    count_LE = plan_replicas(loads_LE, num_slots, most=fleet.num_workers)
+    best = _sketch(loads_LE, count_LE, fleet)
     if fleet.num_slots == 1:
-        return best  # nothing beside a replica: the first counts are the best
-    for left_out in LEFT_OUT[1:]:
+        return best  # nothing stands beside a replica: the first counts are the best
+    for left_out in LEFT_OUT:
         counted_LE = np.maximum(loads_LE - left_out, loads_LE * 1e-3)
-        best = _better(best, _sketch(loads_LE, counted_LE, fleet))
+        count_LE = plan_replicas(counted_LE, num_slots, most=fleet.num_workers)
+        best = _better(best, _sketch(loads_LE, count_LE, fleet))
+    half = fleet.num_workers // 2
+    if num_slots <= half * loads_LE.shape[1] and (best.count_LE > half).any():
+        best = _better(best, _sketch(loads_LE, plan_replicas(loads_LE, num_slots, most=half), fleet))
     return best
 
 
-def _sketch(loads_LE: Floats, counted_LE: Floats, fleet: Fleet) -> Sketch:
+def _sketch(loads_LE: Floats, count_LE: Ints, fleet: Fleet) -> Sketch:
     num_layers, num_experts = loads_LE.shape
-    num_slots = fleet.num_workers * fleet.num_slots
-    count_LE = plan_replicas(counted_LE, num_slots, most=fleet.num_workers)
     plan_LWX = np.full((num_layers, fleet.num_workers, fleet.num_slots), EMPTY)
     if fleet.num_slots == 1:
         # Workers are alike while they are empty: the first replicas need no search.
