@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from cluster.cli import bench, chat, checkpoint, generate, logits, router, status, template, up
+from cluster.cli import (
+    balance,
+    bench,
+    chat,
+    checkpoint,
+    generate,
+    logits,
+    router,
+    scale,
+    status,
+    template,
+    up,
+)
 from cluster.cli.failure import report
 from wire.errors import MorayError
 
@@ -21,10 +33,13 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
+app.command("scale")(scale.scale)
+app.command("rebalance")(scale.rebalance)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("logits")(logits.logits)
 app.command("router")(router.router)
+app.command("balance")(balance.balance)
 app.add_typer(bench.app, name="bench")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(template.app, name="template")
