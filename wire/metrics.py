@@ -70,6 +70,11 @@ METRICS: tuple[MetricSpec, ...] = (
         "moray_attention_dispatch_retries_total", Kind.COUNTER, "Calls sent again, by error.", ("reason",)
     ),
     MetricSpec(
+        "moray_attention_dispatch_fallbacks_total",
+        Kind.COUNTER,
+        "Streams over gRPC to workers of this host whose socket was not there.",
+    ),
+    MetricSpec(
         "moray_attention_dispatch_refused_total",
         Kind.COUNTER,
         "Answers of expert workers refused, by what was wrong.",

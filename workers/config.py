@@ -76,6 +76,8 @@ class MtpConfig(FrozenConfig):
 class DispatchConfig(FrozenConfig):
     """How attention workers send tokens to expert workers."""
 
+    transport: Literal["auto", "grpc", "local"] = "auto"
+    """What carries calls: auto = shared memory within a host and gRPC between hosts (docs/transports.md)."""
     payload: Literal["float32", "bfloat16", "fp8"] = "float32"
     """How rows travel; fp8 = E4M3 with one scale for 128 values (docs/transports.md has their errors)."""
     combine: Literal["exact", "fp32", "bf16"] = "exact"

@@ -14,8 +14,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from router.experts.connect import make_transport
 from router.experts.dispatcher import ExpertDispatcher
-from router.experts.grpc_transport import GrpcExpertTransport
 from router.experts.payload import PayloadForms
 from router.experts.table import table_from_proto
 from wire.errors import FrameInvalid, MorayError, from_rpc
@@ -74,7 +74,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self.metrics = Metrics("attention")
         page_tokens = settings.engine.kv.page_tokens
         self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
-        self._transport = GrpcExpertTransport(self._handshake)
+        self._transport = make_transport(settings.dispatch.transport, self._handshake, self.metrics)
         dispatch = settings.dispatch
         self._dispatcher = ExpertDispatcher(
             self._transport,

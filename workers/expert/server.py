@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,15 @@ from model.errors import ModelError
 from model.matrix import Mlp
 from model.weights import load_experts
 from wire.errors import InvalidRequest, ModelBroken
-from wire.frames import decode_frame, encode_frame
+from wire.frames import Frame, decode_frame, encode_frame
 from wire.handshake import Handshake, check_handshake
 from wire.metrics import Metrics
 from wire.proto import expert_pb2, expert_pb2_grpc
 from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unary_errors
 from workers.checkpoint import open_checkpoint
 from workers.config import ComputeConfig, ExpertConfig
+from workers.expert.call_queue import CallQueue
+from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
 from workers.expert.types import Place, Slot
@@ -43,7 +45,8 @@ class ExpertSettings:
 class ExpertServer(expert_pb2_grpc.ExpertServicer):
     """One expert worker: loads what it is told to and answers Forward.
 
-    Arithmetic and loading run in one thread each, so that heavy work never stops the network loop.
+    The network loop never computes or loads. Calls over gRPC are computed by the queue's thread, those of the
+    same host by the thread that reads them, if the arithmetic takes one: threads keep helpers of their own.
     """
 
     def __init__(self, worker_id: str, *, checkpoint_dir: Path, settings: ExpertSettings) -> None:
@@ -68,9 +71,11 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             device=self._packing.device,
         )
         self._handshake = Handshake(model=self._checkpoint.fingerprint())
-        self._arithmetic = ThreadPoolExecutor(
-            1, thread_name_prefix="experts", initializer=self._packing.kernels.start
+        self._queue = CallQueue(
+            self._service.answer_all, start=self._packing.kernels.start, metrics=self.metrics
         )
+        self._readers_compute = settings.group.num_threads == 1
+        self._local: LocalServer | None = None
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._server: grpc.aio.Server | None = None
 
@@ -85,13 +90,16 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         bound_port = server.add_insecure_port(f"{self._host}:{port}")
         await server.start()
         self._server = server
+        self._local = self._listen_local(f"{self._host}:{bound_port}")
         return bound_port
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends open streams and frees the port."""
         if self._server is not None:
             await self._server.stop(grace_s)
-        self._arithmetic.shutdown(wait=True, cancel_futures=True)
+        if self._local is not None:
+            await asyncio.to_thread(self._local.close)
+        self._queue.close()
         self._loading.shutdown(wait=True, cancel_futures=True)
 
     @unary_errors
@@ -127,10 +135,23 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         check_handshake(self._handshake, context.invocation_metadata() or ())
         loop = asyncio.get_running_loop()
         async for data in requests:
-            yield await loop.run_in_executor(self._arithmetic, self._answer, data)
+            answer: asyncio.Future[bytes] = loop.create_future()
 
-    def _answer(self, data: bytes) -> bytes:
-        return encode_frame(self._service.answer(decode_frame(data)))
+            def reply(frame: Frame, answer: "asyncio.Future[bytes]" = answer) -> None:
+                loop.call_soon_threadsafe(_set_result, answer, encode_frame(frame))
+
+            self._queue.submit(decode_frame(data), reply, may_compute=False)
+            yield await answer
+
+    def _listen_local(self, address: str) -> LocalServer | None:
+        try:
+            return LocalServer(address, handshake=self._handshake, submit=self._submit_local)
+        except OSError as error:
+            _log.warning("%s takes no calls through shared memory: %s", self._worker_id, error)
+            return None
+
+    def _submit_local(self, frame: Frame, reply: Callable[[Frame], None]) -> None:
+        self._queue.submit(frame, reply, may_compute=self._readers_compute)
 
     def _prepare(self, slots: list[Slot], table_version: int) -> None:
         try:
@@ -160,3 +181,9 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             weight_bytes=self._store.num_bytes(),
             num_workers=self._num_workers,
         )
+
+
+def _set_result(future: "asyncio.Future[bytes]", data: bytes) -> None:
+    """On the loop; a call that was cancelled meanwhile waits for nothing."""
+    if not future.done():
+        future.set_result(data)

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.errors import ModelError
 from model.kernels.base import Assignments, Kernels
 from model.matrix import Mlp
 from router.experts.payload import ForwardRows, encode_sums, read_forward
-from wire.errors import ExpertNotLoaded, InternalError, MorayError
-from wire.frames import Array, Frame, FrameKind
+from wire.errors import ExpertNotLoaded, InternalError, ModelBroken, MorayError
+from wire.frames import FLAG_LOAD_MISSING, Array, Frame, FrameKind
 from wire.metrics import Metrics
 from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
@@ -72,6 +73,8 @@ class ExpertService:
                 call = self._read(idx, frame)
             except MorayError as error:
                 answers[idx] = self._refuse(frame, error)
+            except Exception as error:  # noqa: BLE001  one bad call must not take the others': mapped and logged
+                answers[idx] = self._refuse(frame, _unexpected(frame.layer_idx, error))
             else:
                 by_layer.setdefault(frame.layer_idx, []).append(call)
         for calls in by_layer.values():
@@ -83,11 +86,20 @@ class ExpertService:
         rows = read_forward(frame, hidden_size=self._hidden_size)
         experts = self._store.experts_of(frame.layer_idx)
         missing = [expert for expert in np.unique(rows.expert_idx_A).tolist() if expert not in experts]
-        if missing:
+        if missing and frame.flags & FLAG_LOAD_MISSING:
+            experts = {**experts, **self._load(frame.layer_idx, missing)}
+        elif missing:
             raise ExpertNotLoaded(
                 f"layer {frame.layer_idx}: experts {missing} are not in a slot of this worker"
             )
         return _Call(idx=idx, frame=frame, rows=rows, experts=experts)
+
+    def _load(self, layer_idx: int, expert_ids: list[int]) -> Mapping[int, Mlp]:
+        """Experts of no slot, which the caller finds nowhere else."""
+        try:
+            return self._store.load_missing(layer_idx, expert_ids)
+        except ModelError as error:
+            raise ModelBroken(str(error)) from error
 
     def _compute(self, calls: "Sequence[_Call]") -> list[Frame]:
         """The answers to calls of one layer."""
@@ -96,8 +108,7 @@ class ExpertService:
         try:
             sums_RD = self._sums(calls)
         except Exception as error:  # noqa: BLE001  the stream carries others' calls: mapped and logged
-            _log.exception("Forward of layer %d failed", layer_idx)
-            fault = InternalError(f"Forward: {type(error).__name__}: {error}")
+            fault = _unexpected(layer_idx, error)
             return [self._refuse(call.frame, fault) for call in calls]
         self._metrics.histogram("forward_seconds").observe(time.perf_counter() - began_s)
         self._metrics.histogram("batch_calls").observe(len(calls))
@@ -150,6 +161,11 @@ class ExpertService:
         self._metrics.counter("rows_total").inc(int(expert_idx_A.size))
         num_held = max(1, len(self._store.slots()))
         self._metrics.gauge("load_max_over_mean").set(self._most_rows * num_held / max(1, self._num_rows))
+
+
+def _unexpected(layer_idx: int, error: Exception) -> InternalError:
+    _log.error("Forward of layer %d failed", layer_idx, exc_info=error)
+    return InternalError(f"Forward: {type(error).__name__}: {error}")
 
 
 def _partial_frame(frame: Frame, sums_RD: npt.NDArray[np.float64]) -> Frame:

@@ -255,7 +255,7 @@ def test_stopped_workers_leave_no_port_and_no_thread() -> None:
             await whole_text(cluster, 4)
             addresses = [w.address for w in (*cluster.experts.values(), *cluster.attention.values())]
             names = {thread.name for thread in threading.enumerate()}
-            assert {"engine", "experts-expert-0", "experts_0", "loading_0"} <= names - before
+            assert {"engine", "experts-expert-0", "experts-local", "loading_0"} <= names - before
         for address in addresses:
             with pytest.raises(OSError, match=r"Connect call failed|refused"):
                 await asyncio.open_connection(*address.split(":"))

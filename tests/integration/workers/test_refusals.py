@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from router.experts.grpc_transport import GrpcExpertTransport
+from router.experts.connect import TransportKind, make_transport
 from tests.integration.workers.lab import HOST, Cluster, drain, open_cluster, run_test
 from tests.reference_data import checkpoint_dir, goldens
 from wire.errors import (
@@ -27,6 +27,7 @@ from wire.errors import (
 )
 from wire.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire.handshake import Handshake
+from wire.metrics import Metrics
 from wire.proto import attention_pb2, control_pb2, expert_pb2
 from wire.rpc import FORWARD_METHOD, SCORE_METHOD
 from workers.attention.build import EngineConfig
@@ -98,12 +99,13 @@ def test_stranger_is_refused_by_name(call: Call, wrong: dict[str, Any], what: st
     run_test(main())
 
 
-def test_transport_of_a_stranger_gets_the_refusal_and_not_a_lost_worker() -> None:
+@pytest.mark.parametrize("kind", ["grpc", "local"])
+def test_transport_of_a_stranger_gets_the_refusal_and_not_a_lost_worker(kind: TransportKind) -> None:
     """A lost worker would be tried again until the deadline; another model never mends."""
 
     async def main() -> None:
         async with open_cluster(num_experts=1) as cluster:
-            transport = GrpcExpertTransport(replace(cluster.handshake, model="other"))
+            transport = make_transport(kind, replace(cluster.handshake, model="other"), Metrics("attention"))
             worker = cluster.experts["expert-0"]
             transport.update_members(
                 [

@@ -1,0 +1,67 @@
+"""Which transport carries a worker's calls: the same host's shared memory, or gRPC."""
+
+import logging
+import socket
+from typing import Literal
+
+from router.experts.grpc_transport import GrpcPeer
+from router.experts.local_transport import LocalPeer
+from router.experts.transport import Peer, PeerTransport
+from wire.errors import WorkerLost
+from wire.handshake import Handshake
+from wire.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+TransportKind = Literal["auto", "grpc", "local"]
+
+
+def make_transport(kind: TransportKind, handshake: Handshake, metrics: Metrics) -> PeerTransport:
+    """The transport of an attention worker.
+
+    Args:
+        kind: auto = shared memory to workers on this host, gRPC to all others and where that cannot be had.
+        handshake: what the worker must agree with.
+        metrics: of the attention worker.
+    """
+    return PeerTransport(_Connector(kind, handshake, metrics).connect)
+
+
+class _Connector:
+    """Makes the stream to a worker."""
+
+    def __init__(self, kind: TransportKind, handshake: Handshake, metrics: Metrics) -> None:
+        self._kind = kind
+        self._handshake = handshake
+        self._metrics = metrics
+        self._without_socket: set[str] = set()
+        """Addresses that were logged; written by whoever connects, under the transport's lock."""
+
+    def connect(self, worker_id: str, address: str) -> Peer:
+        """A stream to one worker; with `local`, one that has failed already if it is on another host."""
+        if self._kind == "grpc" or (self._kind == "auto" and not is_this_host(address)):
+            return self._grpc(worker_id, address)
+        try:
+            return LocalPeer(worker_id, address=address, handshake=self._handshake, metrics=self._metrics)
+        except WorkerLost as error:
+            self._metrics.counter("dispatch_fallbacks_total").inc()
+            if address not in self._without_socket:
+                self._without_socket.add(address)
+                _log.warning("%s is reached over gRPC: %s", worker_id, error)
+            return self._grpc(worker_id, address)
+
+    def _grpc(self, worker_id: str, address: str) -> Peer:
+        return GrpcPeer(worker_id, address=address, handshake=self._handshake, metrics=self._metrics)
+
+
+def is_this_host(address: str) -> bool:
+    """Whether `host:port` names this host (in a container: this network namespace): its host can be bound."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        family, _, _, _, own = found[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(own)
+    except OSError:
+        return False
+    return True
