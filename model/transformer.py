@@ -3,11 +3,14 @@
 Letters: T tokens, D hidden, V vocabulary, K top-k.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from model.attention import Step, attention, plan_span
-from model.batch import Batch, CacheView, MoeStep, Trace
+from model.batch import Batch, CacheView, MoeStep, PendingRows, Trace
 from model.config import ModelConfig
 from model.errors import ConfigInvalid
 from model.kernels.base import Kernels
@@ -38,7 +41,6 @@ class Transformer:
         """Called once by the thread that will run the steps, when everything is loaded."""
         self._kernels.start()
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: CacheView, moe: MoeStep, trace: Trace | None = None) -> Tensor:
         """Hidden states after the final norm: (T, D) float32; the batch's cache rows are appended.
 
@@ -48,12 +50,32 @@ class Transformer:
             moe: starts the routed experts of one layer.
             trace: is told every choice of experts and positions.
         """
-        step = self._step(batch, cache, trace)
-        x_TD = self._weights.embed_VD[batch.token_ids_T].to(torch.float32)
-        delta_TD = torch.zeros_like(x_TD)
+        return self.forward_all([(batch, cache)], moe, trace)[0]
+
+    @torch.inference_mode()
+    def forward_all(
+        self, micro_batches: Sequence[tuple[Batch, CacheView]], moe: MoeStep, trace: Trace | None = None
+    ) -> list[Tensor]:
+        """`forward` of several batches at once: one computes while the experts of the others are under way.
+
+        Each layer of a batch is computed behind the same layer of those before it, so a batch may go on with
+        a sequence of an earlier one.
+        """
+        runs = [
+            _Run(
+                step=self._step(batch, cache, trace),
+                x_TD=self._weights.embed_VD[batch.token_ids_T].to(torch.float32),
+                delta=_NOTHING,
+            )
+            for batch, cache in micro_batches
+        ]
         for layer_idx, layer in enumerate(self._weights.layers):
-            delta_TD = _run_layer(x_TD, delta_TD, layer, step, moe, layer_idx=layer_idx)
-        return self._kernels.add_rms_norm(x_TD, delta_TD, self._weights.norm_D, eps=self.config.rms_norm_eps)
+            for run in runs:
+                run.delta = _run_layer(run.x_TD, run.delta, layer, run.step, moe, layer_idx=layer_idx)
+        norm_D, eps = self._weights.norm_D, self.config.rms_norm_eps
+        return [
+            self._kernels.add_rms_norm(run.x_TD, run.delta.result(run.x_TD), norm_D, eps=eps) for run in runs
+        ]
 
     @torch.inference_mode()
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -88,8 +110,8 @@ class Transformer:
         hidden_TD = kernels.rms_norm(hidden_TD.contiguous(), mtp.hidden_norm_D, eps=eps)
         x_TD = mtp.join_D2D(torch.cat((embed_TD, hidden_TD), dim=-1))
         layer_idx = self.config.num_hidden_layers
-        delta_TD = _run_layer(x_TD, torch.zeros_like(x_TD), mtp.layer, step, moe, layer_idx=layer_idx)
-        return kernels.add_rms_norm(x_TD, delta_TD, mtp.norm_D, eps=eps)
+        delta = _run_layer(x_TD, _NOTHING, mtp.layer, step, moe, layer_idx=layer_idx)
+        return kernels.add_rms_norm(x_TD, delta.result(x_TD), mtp.norm_D, eps=eps)
 
     @torch.inference_mode()
     def mtp_head(self, hidden_TD: Tensor) -> Tensor:
@@ -123,29 +145,51 @@ class Transformer:
         return self._weights.mtp
 
 
+@dataclass(frozen=True)
+class _Delta:
+    """What a block adds to the residual stream; some of it may still be under way."""
+
+    ready_TD: Tensor | None
+    pending: PendingRows | None = None
+
+    def result(self, x_TD: Tensor) -> Tensor:
+        """(T, D) float32, of the shape of x."""
+        ready_TD = torch.zeros_like(x_TD) if self.ready_TD is None else self.ready_TD
+        return ready_TD if self.pending is None else ready_TD + self.pending.result()
+
+
+_NOTHING = _Delta(ready_TD=None)
+
+
+@dataclass
+class _Run:
+    """One micro-batch between two layers."""
+
+    step: Step
+    x_TD: Tensor
+    delta: _Delta
+
+
 def _run_layer(
-    x_TD: Tensor, delta_TD: Tensor, layer: LayerWeights, step: Step, moe: MoeStep, *, layer_idx: int
-) -> Tensor:
+    x_TD: Tensor, delta: _Delta, layer: LayerWeights, step: Step, moe: MoeStep, *, layer_idx: int
+) -> _Delta:
     """One decoder block of the residual stream x, with what the block before it adds still apart.
 
-    Adds delta (T, D) and the attention's output to x (T, D) in place; returns what the MLP adds, (T, D).
+    Adds delta (T, D) and the attention's output to x (T, D) in place; returns what the MLP adds.
     """
     kernels, eps = step.kernels, step.config.rms_norm_eps
-    normed_TD = kernels.add_rms_norm(x_TD, delta_TD, layer.input_norm_D, eps=eps)
+    normed_TD = kernels.add_rms_norm(x_TD, delta.result(x_TD), layer.input_norm_D, eps=eps)
     attention_TD = attention(normed_TD, layer.attention, step, layer_idx=layer_idx)
     normed_TD = kernels.add_rms_norm(x_TD, attention_TD, layer.post_norm_D, eps=eps)
     if layer.moe is not None:
         return _run_moe(normed_TD, layer.moe, step, moe, layer_idx=layer_idx)
-    if layer.mlp is None:
-        return torch.zeros_like(x_TD)
-    return layer.mlp(normed_TD)
+    return _NOTHING if layer.mlp is None else _Delta(ready_TD=layer.mlp(normed_TD))
 
 
-def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> Tensor:
+def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> _Delta:
     """Routed experts plus the shared one, which is computed while the others are under way: (T, D)."""
     ids_TK, weights_TK = step.kernels.choose_experts(weights.gate_ED(x_TD), weights.bias_E, step.config)
     if step.trace is not None:
         step.trace.on_gate(layer_idx, ids_TK, weights_TK)
     pending = moe(layer_idx, x_TD, ids_TK, weights_TK)
-    shared_TD = weights.shared(x_TD)
-    return shared_TD + pending.result()
+    return _Delta(ready_TD=weights.shared(x_TD), pending=pending)

@@ -101,7 +101,9 @@ def _engine(
         ),
         pages=PageAllocator(config.group.num_pages, page_tokens=config.kv.page_tokens),
         experts=experts,
-        limits=StepLimits(config.group.max_batch_requests, config.group.max_step_tokens),
+        limits=StepLimits(
+            config.group.max_batch_requests, config.group.max_step_tokens, config.group.micro_batches
+        ),
         metrics=metrics,
     )
     return Engine(parts)

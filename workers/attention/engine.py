@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from model.batch import make_batch
+from model.batch import Batch, CacheView, make_batch
 from model.transformer import Transformer
 from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
 from wire.frames import Array
@@ -25,7 +26,7 @@ from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.sampler import sample_tokens
-from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
+from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step, split_step
 from workers.attention.scoring import ScoreSpec, score_prompt
 from workers.attention.types import (
     Admitted,
@@ -170,22 +171,20 @@ class Engine:
 
     def _run(self, running: list[tuple[SequenceState, int]]) -> None:
         began_s = time.perf_counter()
-        batch = make_batch(
-            [
-                s.token_ids[s.num_cached_tokens : s.num_cached_tokens + num_tokens]
-                for s, num_tokens in running
-            ],
-            first_positions=[s.num_cached_tokens for s, _ in running],
-            prompt_tokens=[s.spec.num_prompt_tokens for s, _ in running],
-        )
+        num_rows = [num_tokens for _, num_tokens in running]
+        parts = split_step(num_rows, micro_batches=self._limits.micro_batches)
         self._experts.begin_step()
-        view = self._cache.view(batch, [s.pages for s, _ in running])
-        hidden_TD = self._transformer.forward(batch, view, self._experts)
+        hidden_TD = torch.cat(
+            self._transformer.forward_all(
+                [self._micro_batch(running[begin:end]) for begin, end in parts], self._experts
+            )
+        )
         for sequence, num_tokens in running:
             self._advance(sequence, num_tokens)
-        ready = [(i, s) for i, (s, _) in enumerate(running) if s.num_pending_tokens == 0]
+        ends = accumulate(num_rows)
+        ready = [(end, s) for end, (s, _) in zip(ends, running, strict=True) if s.num_pending_tokens == 0]
         if ready:
-            last_rows = torch.tensor([batch.spans[i].end_row - 1 for i, _ in ready], device=hidden_TD.device)
+            last_rows = torch.tensor([end - 1 for end, _ in ready], device=hidden_TD.device)
             logits_BV = self._transformer.logits(hidden_TD[last_rows])
             tokens = sample_tokens(
                 logits_BV,
@@ -195,7 +194,18 @@ class Engine:
             for (_, sequence), token_id in zip(ready, tokens, strict=True):
                 self._append(sequence, token_id)
         self._metrics.histogram("step_seconds").observe(time.perf_counter() - began_s)
-        self._metrics.histogram("step_tokens").observe(batch.num_rows)
+        self._metrics.histogram("step_tokens").observe(sum(num_rows))
+
+    def _micro_batch(self, running: list[tuple[SequenceState, int]]) -> tuple[Batch, CacheView]:
+        batch = make_batch(
+            [
+                s.token_ids[s.num_cached_tokens : s.num_cached_tokens + num_tokens]
+                for s, num_tokens in running
+            ],
+            first_positions=[s.num_cached_tokens for s, _ in running],
+            prompt_tokens=[s.spec.num_prompt_tokens for s, _ in running],
+        )
+        return batch, self._cache.view(batch, [s.pages for s, _ in running])
 
     def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
         """Counts computed rows and hands them on when another worker wants them."""

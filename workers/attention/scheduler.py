@@ -7,6 +7,7 @@ half-way for lack of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from workers.attention.types import Key, Phase
 
@@ -29,6 +30,8 @@ class StepLimits:
 
     max_batch_requests: int
     max_step_tokens: int
+    micro_batches: int = 1
+    """Parts of a step that take turns, at most."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,23 @@ def plan_step(candidates: Sequence[Candidate], *, num_free_pages: int, limits: S
             run.append((candidate.key, num_tokens))
             budget_tokens -= num_tokens
     return StepPlan(admit=admit, run=tuple(run))
+
+
+def split_step(num_rows: Sequence[int], *, micro_batches: int) -> tuple[tuple[int, int], ...]:
+    """Sequences [begin, end) of each micro-batch: about the same rows in each, no sequence in two.
+
+    Example: rows 1, 1, 6, 1 in two parts: [0, 2) with 2 rows and [2, 4) with 7, as near to halves as whole
+    sequences in their order come.
+
+    Args:
+        num_rows: of each sequence of the step, >= 1.
+        micro_batches: how many parts at most, >= 1.
+    """
+    ends = list(accumulate(num_rows))
+    wanted = [ends[-1] * (i + 1) / micro_batches for i in range(micro_batches - 1)] if ends else []
+    cuts = {min(range(len(ends)), key=lambda i: abs(ends[i] - rows)) + 1 for rows in wanted}
+    edges = sorted({0, *cuts, len(ends)})
+    return tuple(pairwise(edges))
 
 
 def _plan_admission(candidates: Sequence[Candidate], num_free_pages: int) -> tuple[Key, ...]:

@@ -1,11 +1,14 @@
 """The fast model against the goldens: whole, in chunks, step by step, in company."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from model.batch import make_batch
+from model.batch import PendingRows, make_batch
 from model.errors import ConfigInvalid
+from model.local_experts import LocalExperts
 from tests.reference_data import (
     INDEX_MARGIN,
     LOGIT_TOLERANCE,
@@ -134,3 +137,46 @@ def test_mtp_of_a_model_without_it_is_refused() -> None:
     batch = make_batch([[3]], first_positions=[0])
     with pytest.raises(ConfigInvalid, match="num_nextn_predict_layers"):
         model.transformer.mtp_logits(batch, torch.zeros(1, 128), model.cache().view(batch), model.experts)
+
+
+class _Turns:
+    """Local experts that note when each layer's rows are started, and when they are waited for."""
+
+    def __init__(self, experts: LocalExperts) -> None:
+        self._experts = experts
+        self.events: list[tuple[str, int, int]] = []
+
+    def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
+        self.events.append(("start", layer_idx, len(x_TD)))
+        return _Noted(self, layer_idx, self._experts(layer_idx, x_TD, ids_TK, weights_TK))
+
+
+@dataclass
+class _Noted:
+    turns: _Turns
+    layer_idx: int
+    pending: PendingRows
+
+    def result(self) -> Tensor:
+        rows_TD = self.pending.result()
+        self.turns.events.append(("wait", self.layer_idx, len(rows_TD)))
+        return rows_TD
+
+
+def test_two_micro_batches_are_in_flight_and_change_no_bit() -> None:
+    """Rows of both are started before anyone waits; the second goes on with the first's sequence."""
+    model = reference_model("default")
+    prompt = [7, 3, 19, 44, 5, 61, 8]
+    parts = [make_batch([prompt[:4]], first_positions=[0]), make_batch([prompt[4:]], first_positions=[4])]
+    whole = make_batch([prompt], first_positions=[0])
+    cache = model.cache()
+    expected_TD = model.transformer.forward(whole, cache.view(whole), model.experts)
+    cache, turns = model.cache(), _Turns(model.experts)
+    views = [cache.view(part) for part in parts]
+    found = model.transformer.forward_all(list(zip(parts, views, strict=True)), turns)
+    assert torch.equal(torch.cat(found), expected_TD)
+    num_open, most_open = 0, 0
+    for kind, _, _ in turns.events:
+        num_open += 1 if kind == "start" else -1
+        most_open = max(most_open, num_open)
+    assert (num_open, most_open) == (0, 2)

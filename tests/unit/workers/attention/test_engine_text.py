@@ -49,6 +49,21 @@ def test_eight_mixed_prompts_at_once_equal_each_alone(max_step_tokens: int, samp
         assert [listener.tokens() for listener in together] == alone
 
 
+@pytest.mark.parametrize("max_step_tokens", [5, 64])
+def test_micro_batches_change_no_token(max_step_tokens: int) -> None:
+    prompts = mixed_prompts()
+    with open_engine("sparse") as lab:
+        alone = [lab.run(prompt, max_tokens=10) for prompt in prompts]
+    with open_engine("sparse", max_step_tokens=max_step_tokens, micro_batches=2) as lab:
+        lab.door.hold()
+        together = [
+            lab.submit(make_spec(prompt, request_id=str(i), max_tokens=10))
+            for i, prompt in enumerate(prompts)
+        ]
+        lab.door.open()
+        assert [listener.tokens() for listener in together] == alone
+
+
 def test_other_seeds_and_positions_give_other_text() -> None:
     prompt = mixed_prompts()[4]
     with open_engine("default") as lab:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
+from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step, split_step
 from workers.attention.types import Phase
 
 LIMITS = st.builds(StepLimits, st.integers(1, 5), st.integers(1, 12))
@@ -124,3 +124,21 @@ def _carried_out(c: Candidate, plan: StepPlan) -> Candidate:
 @pytest.mark.parametrize("phase", [Phase.RECEIVING, Phase.WAITING])
 def test_nothing_to_do_is_an_empty_plan(phase: Phase) -> None:
     assert _plan([candidate(0, phase, pages=4)], StepLimits(1, 1)) == StepPlan(admit=(), run=())
+
+
+def test_split_of_the_docstring() -> None:
+    assert split_step([1, 1, 6, 1], micro_batches=2) == ((0, 2), (2, 4))
+
+
+@given(num_rows=st.lists(st.integers(1, 40), max_size=12), micro_batches=st.integers(1, 4))
+def test_parts_cover_the_step_in_order(num_rows: list[int], micro_batches: int) -> None:
+    parts = split_step(num_rows, micro_batches=micro_batches)
+    assert [i for begin, end in parts for i in range(begin, end)] == list(range(len(num_rows)))
+    assert all(begin < end for begin, end in parts)
+    assert len(parts) <= micro_batches
+
+
+@given(num_rows=st.lists(st.integers(1, 40), min_size=2, max_size=12))
+def test_halves_differ_by_no_more_than_the_sequence_between_them(num_rows: list[int]) -> None:
+    halves = [sum(num_rows[begin:end]) for begin, end in split_step(num_rows, micro_batches=2)]
+    assert max(halves) - min(halves + [0] * (2 - len(halves))) <= max(num_rows)
