@@ -115,6 +115,16 @@ def scrape(address: str) -> dict[str, float]:
     return {name: float(value) for name, value in samples}
 
 
+def pid_of(running: Running, worker_id: str) -> psutil.Process:
+    """The process that listens at a member's address."""
+    port = int(running.shell.members()[worker_id]["address"].rsplit(":", 1)[1])
+    for process in running.processes():
+        listening = {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        if port in listening:
+            return process
+    raise AssertionError(f"nobody listens on port {port} of {worker_id}")
+
+
 def wait_for_line(process: "subprocess.Popen[str]", pattern: str) -> str:
     """Reads a command's output up to a line that matches."""
     seen = []

@@ -4,6 +4,7 @@ Names are `moray_<role>_<what>_<unit>`. A process makes a `Metrics` for its own 
 labels are bounded (roles, reasons, directions), never request ids or tokens.
 """
 
+import contextlib
 import enum
 from dataclasses import dataclass
 from typing import TypeVar
@@ -64,6 +65,28 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "moray_attention_dispatch_seconds", Kind.HISTOGRAM, "One layer, plan to combine.", (), _SECONDS
     ),
+    MetricSpec(
+        "moray_attention_combine_seconds", Kind.HISTOGRAM, "Adding up one layer's sums.", (), _SECONDS
+    ),
+    MetricSpec(
+        "moray_attention_peer_row_seconds",
+        Kind.GAUGE,
+        "Round trip of a call over its rows, moving average.",
+        ("worker",),
+    ),
+    MetricSpec(
+        "moray_attention_peer_queue_rows",
+        Kind.GAUGE,
+        "Rows that waited at an expert worker when it answered last.",
+        ("worker",),
+    ),
+    MetricSpec(
+        "moray_attention_peer_straggler_score",
+        Kind.GAUGE,
+        "An expert worker's time for a row over the median of all.",
+        ("worker",),
+    ),
+    MetricSpec("moray_attention_quarantined_workers", Kind.GAUGE, "Expert workers that get no rows for now."),
     MetricSpec("moray_attention_dispatch_rows_total", Kind.COUNTER, "Rows sent to expert workers."),
     MetricSpec("moray_attention_dispatch_bytes_total", Kind.COUNTER, "Dispatch bytes.", ("direction",)),
     MetricSpec(
@@ -104,6 +127,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_controller_snapshot_version", Kind.GAUGE, "Cluster snapshot published."),
     MetricSpec("moray_controller_restarts_total", Kind.COUNTER, "Workers started again, by role.", ("role",)),
     MetricSpec("moray_controller_heartbeats_missed_total", Kind.COUNTER, "Heartbeats without an answer."),
+    MetricSpec("moray_controller_table_age_seconds", Kind.GAUGE, "Since the newest routing table was made."),
+    MetricSpec("moray_controller_experts_loaded_total", Kind.COUNTER, "Experts loaded by workers, on order."),
+    MetricSpec("moray_controller_moves_total", Kind.COUNTER, "Copies of experts moved to balance load."),
+    MetricSpec("moray_controller_moved_bytes_total", Kind.COUNTER, "Weights loaded to balance load."),
+    MetricSpec("moray_controller_replans_total", Kind.COUNTER, "Placements planned anew.", ("result",)),
+    MetricSpec("moray_controller_load_balance", Kind.GAUGE, "Mean over most load of a worker, lately."),
     MetricSpec("moray_controller_watchers", Kind.GAUGE, "Open table streams."),
 )
 
@@ -132,6 +161,12 @@ class Metrics:
     def histogram(self, name: str, **labels: str) -> Histogram:
         """The histogram `moray_<role>_<name>`, with its labels set."""
         return self._find(Histogram, name, labels)
+
+    def forget(self, name: str, **labels: str) -> None:
+        """Stops exporting one set of labels: what it named is gone."""
+        metric = self._by_name[self._prefix + name]
+        with contextlib.suppress(KeyError):
+            metric.remove(*labels.values())
 
     def serve(self, host: str, port: int) -> int:
         """Serves /metrics over HTTP in a daemon thread; returns the port, chosen by the system when 0."""

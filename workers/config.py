@@ -44,6 +44,9 @@ class AttentionConfig(WorkerGroupConfig):
     """Requests decoded together in one step."""
     max_step_tokens: int = Field(512, ge=1)
     """Tokens of one step, decode rows and prompt chunks together."""
+    micro_batches: int = Field(1, ge=1, le=2)
+    """Parts of a step that take turns: one computes attention while the experts of the other are under way.
+    2 pays where expert workers have machines of their own; each part reads its experts' weights."""
 
 
 class ComputeConfig(FrozenConfig):
@@ -84,3 +87,7 @@ class DispatchConfig(FrozenConfig):
     """How partial sums travel; exact = FP64: placement changes no bit; fp32 and bf16 are not order-free."""
     deadline_s: float = Field(60.0, gt=0)
     """Seconds for one layer's dispatch, retries included, before its requests fail."""
+    attempt_s: float = Field(1.0, gt=0)
+    """Seconds that an expert worker gets at least to answer before its rows are sent elsewhere too."""
+    quarantine_s: float = Field(0.5, gt=0)
+    """Seconds without rows for an expert worker that failed; they double with each further failure, up to 30."""

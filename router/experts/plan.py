@@ -7,12 +7,12 @@ expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
 T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from router.experts.replicas import WorkerLoads, choose_replicas
 from router.experts.table import Ints, RoutingTable
 from wire.errors import StaleTable
 
@@ -45,6 +45,8 @@ class WorkerCall:
     expert_idx_A: Int32
     """(A,) logical expert of each assignment."""
     weight_A: Float32
+    may_load: bool = False
+    """Whether the worker may have to load an expert that is not in its slots."""
 
     def assignments(self) -> Assignments:
         """The pairs of this call in terms of the whole batch, to plan them again."""
@@ -77,19 +79,28 @@ def assignments_of(ids_TK: Int32, weights_TK: Float32) -> Assignments:
     )
 
 
-def plan_dispatch(assignments: Assignments, table: RoutingTable, *, layer_idx: int) -> DispatchPlan:
+def plan_dispatch(
+    assignments: Assignments, table: RoutingTable, *, layer_idx: int, loads: WorkerLoads
+) -> DispatchPlan:
     """The calls that compute `assignments`, each token once per destination worker.
+
+    Args:
+        assignments: the pairs.
+        table: the routing table; its version is copied into the plan.
+        layer_idx: MoE layer.
+        loads: of the table's workers.
 
     Raises:
         StaleTable: the table does not know the layer or an expert.
+        ValueError: no worker is usable.
     """
     routes = table.routes(layer_idx)
     if assignments.expert_idx_A.size and int(assignments.expert_idx_A.max()) >= table.num_experts:
         raise StaleTable(f"expert {int(assignments.expert_idx_A.max())} is not among {table.num_experts}")
-    worker_A = routes.choose_workers(assignments.expert_idx_A, assignments.token_idx_A)
+    choice = choose_replicas(routes, assignments.expert_idx_A, assignments.token_idx_A, loads)
     calls = []
-    for worker_idx in np.unique(worker_A):
-        mine = np.flatnonzero(worker_A == worker_idx)
+    for worker_idx in np.unique(choice.worker_A):
+        mine = np.flatnonzero(choice.worker_A == worker_idx)
         token_idx_R, row_idx_A = np.unique(assignments.token_idx_A[mine], return_inverse=True)
         call = WorkerCall(
             worker_id=table.worker_ids[worker_idx],
@@ -97,18 +108,10 @@ def plan_dispatch(assignments: Assignments, table: RoutingTable, *, layer_idx: i
             row_idx_A=row_idx_A.astype(np.int32),
             expert_idx_A=assignments.expert_idx_A[mine].astype(np.int32),
             weight_A=assignments.weight_A[mine],
+            may_load=bool(choice.may_load_A[mine].any()),
         )
         calls.append(call)
     return DispatchPlan(layer_idx=layer_idx, table_version=table.version, calls=tuple(calls))
-
-
-def join_assignments(parts: Sequence[Assignments]) -> Assignments:
-    """One list of pairs out of several."""
-    return Assignments(
-        token_idx_A=np.concatenate([part.token_idx_A for part in parts]),
-        expert_idx_A=np.concatenate([part.expert_idx_A for part in parts]),
-        weight_A=np.concatenate([part.weight_A for part in parts]),
-    )
 
 
 def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64 | Float32) -> None:

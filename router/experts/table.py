@@ -40,18 +40,24 @@ class LayerRoutes:
     """(E, M) worker index of each replica, padded with the last one."""
     threshold_EM: Floats
     """(E, M) upper end of each replica's interval of [0, 1), padded with 1."""
+    num_copies_E: Ints
+    """(E,) replicas of each expert, 1 to M."""
 
-    def choose_workers(self, expert_idx_A: Ints, row_idx_A: Ints) -> Ints:
-        """(A,) worker index for each assignment.
+    def copies_of(self, expert_idx: int, *, row_idx: int) -> Ints:
+        """(m,) workers that hold an expert, first the one that the shares choose for a row.
 
         A row's point in [0, 1) is the fractional part of row * golden ratio: spread evenly over any run of
-        rows, and the same for every retry. With shares 0.5 and 0.5, rows 0, 1, 2, 3 have the points
-        0.00, 0.62, 0.24, 0.85 and go to the replicas 0, 1, 0, 1.
+        rows. With shares 0.5 and 0.5, rows 0, 1, 2, 3 have the points 0.00, 0.62, 0.24, 0.85 and begin with
+        the replicas 0, 1, 0, 1.
         """
-        point_A = np.modf(row_idx_A * _GOLDEN)[0]
-        replica_A = (point_A[:, None] >= self.threshold_EM[expert_idx_A]).sum(axis=1)
-        chosen: Ints = self.worker_EM[expert_idx_A, np.minimum(replica_A, self.worker_EM.shape[1] - 1)]
-        return chosen
+        num_copies = int(self.num_copies_E[expert_idx])
+        copies: Ints = self.worker_EM[expert_idx, :num_copies]
+        if num_copies == 1:
+            return copies
+        first = int(
+            np.searchsorted(self.threshold_EM[expert_idx, :num_copies], row_idx * _GOLDEN % 1.0, "right")
+        )
+        return np.roll(copies, -min(first, num_copies - 1))
 
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -126,7 +132,12 @@ def _build_layer(
         workers = [copy.worker_idx for copy in copies]
         worker_EM[expert_idx] = workers + workers[-1:] * (most - len(copies))
         threshold_EM[expert_idx, : len(copies) - 1] = np.cumsum([copy.share for copy in copies])[:-1]
-    return LayerRoutes(replicas=tuple(replicas), worker_EM=worker_EM, threshold_EM=threshold_EM)
+    return LayerRoutes(
+        replicas=tuple(replicas),
+        worker_EM=worker_EM,
+        threshold_EM=threshold_EM,
+        num_copies_E=np.array([len(copies) for copies in by_expert], dtype=np.int64),
+    )
 
 
 def table_to_proto(table: RoutingTable) -> control_pb2.RoutingTable:

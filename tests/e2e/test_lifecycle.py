@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from e2e_cluster import BIN, STOP_S, TINY, Running, Shell, end, free_port, scrape, wait_until
+from e2e_cluster import BIN, STOP_S, TINY, Running, Shell, end, free_port, pid_of, scrape, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,16 +106,6 @@ def used_pages(member: dict[str, Any]) -> float:
 def mended(start: Callable[..., Running]) -> Running:
     """A cluster that tests may hurt; its router has fixed ports, so that it comes back where it was."""
     return start({"router": {"grpc_port": free_port(), "http_port": free_port()}})
-
-
-def pid_of(running: Running, worker_id: str) -> psutil.Process:
-    """The process that listens at a member's address."""
-    port = int(running.shell.members()[worker_id]["address"].rsplit(":", 1)[1])
-    for process in running.processes():
-        listening = {c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        if port in listening:
-            return process
-    raise AssertionError(f"nobody listens on port {port} of {worker_id}")
 
 
 def is_up_again(running: Running, worker_id: str, started: int) -> bool:

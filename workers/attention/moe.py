@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from model.batch import PendingRows
-from router.experts.dispatcher import ExpertDispatcher, PendingDispatch
+from router.experts.dispatcher import ExpertDispatcher
+from router.experts.pending import PendingDispatch
 
 
 class Experts(Protocol):

@@ -15,8 +15,9 @@ import grpc
 import grpc.aio
 
 from router.experts.connect import make_transport
-from router.experts.dispatcher import ExpertDispatcher
+from router.experts.dispatcher import DispatchRules, ExpertDispatcher
 from router.experts.payload import PayloadForms
+from router.experts.peers import PeerRules
 from router.experts.table import table_from_proto
 from wire.errors import FrameInvalid, MorayError, from_rpc
 from wire.frames import Frame, FrameKind, encode_frame
@@ -78,7 +79,10 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         dispatch = settings.dispatch
         self._dispatcher = ExpertDispatcher(
             self._transport,
-            deadline_s=dispatch.deadline_s,
+            rules=DispatchRules(
+                deadline_s=dispatch.deadline_s,
+                peers=PeerRules(attempt_s=dispatch.attempt_s, quarantine_s=dispatch.quarantine_s),
+            ),
             metrics=self.metrics,
             forms=PayloadForms(rows=dispatch.payload, sums=dispatch.combine),
         )

@@ -1,0 +1,243 @@
+"""One layer's dispatch in flight: every row is added once, whoever computed it.
+
+A call is an attempt. One that is lost, answered with nonsense or late gets a rescue: its rows are planned
+again over the workers that are trusted then, and sent. What is late may still win: whichever is complete
+first, the attempt or its rescue, gives the rows, and the other is forgotten.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from router.experts.payload import Sums, encode_rows, forward_tensors, read_partial
+from router.experts.plan import Assignments, Float32, WorkerCall, add_partial, plan_dispatch
+from wire.errors import ExpertNotLoaded, FrameInvalid, MorayError, WorkerLost
+from wire.frames import FLAG_LOAD_MISSING, Frame, FrameKind
+
+if TYPE_CHECKING:
+    from router.experts.dispatcher import ExpertDispatcher
+
+_NEWER_TABLE_S = 0.2
+"""First wait for a newer table when no worker of the newest one is trusted; doubles with every attempt."""
+_LONGEST_WAIT_S = 2.0
+_MOST_NONSENSE = 3
+"""Answers that cannot be used before a dispatch fails: then it is the question that is wrong."""
+
+Part = tuple[WorkerCall, Sums]
+
+
+@dataclass(eq=False)
+class _Attempt:
+    call: WorkerCall
+    table_version: int
+    sent_s: float
+    until_s: float
+    """When it counts as late."""
+    answer: "Future[Frame]"
+    depth: int
+    """How many attempts went before it; each may take twice as long as the one before."""
+    is_over: bool = False
+    """Whether its own answer was looked at."""
+    rescue: "list[_Attempt] | None" = None
+    parts: list[Part] | None = None
+    """Its rows' sums, once they are there."""
+
+
+class PendingDispatch:
+    """One layer's dispatch; `result` waits for it. Used by the engine thread."""
+
+    def __init__(
+        self, dispatcher: "ExpertDispatcher", *, layer_idx: int, x_TD: Float32, assignments: Assignments
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._metrics = dispatcher.metrics
+        self._book = dispatcher.book
+        self._layer_idx = layer_idx
+        self._x_TD = x_TD
+        self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
+        self._began_s = time.monotonic()
+        self._num_nonsense = 0
+        table = dispatcher.table_in_force()
+        loads = dispatcher.loads_of(table)
+        if not loads.is_usable_W.any():
+            loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
+        plan = plan_dispatch(assignments, table, layer_idx=layer_idx, loads=loads)
+        self._attempts = [self._send(call, plan.table_version, depth=0) for call in plan.calls]
+
+    def result(self) -> Float32:
+        """(T, D) float32 sum of the chosen experts' weighted outputs, rounded once.
+
+        Raises:
+            WorkerLost: the deadline passed before every row was computed.
+            MorayError: a worker refused a call for a reason that no other worker mends.
+        """
+        total_TD = np.zeros(self._x_TD.shape, dtype=np.float64)
+        combine_s = 0.0
+        for attempt in self._attempts:
+            parts = self._settle(attempt)
+            began_s = time.monotonic()
+            for call, sums_RD in parts:
+                add_partial(total_TD, call, sums_RD)
+            combine_s += time.monotonic() - began_s
+        self._metrics.histogram("combine_seconds").observe(combine_s)
+        self._metrics.histogram("dispatch_seconds").observe(time.monotonic() - self._began_s)
+        return total_TD.astype(np.float32)
+
+    def _settle(self, attempt: _Attempt) -> list[Part]:
+        while (parts := self._poll(attempt)) is None:
+            self._wait(attempt)
+        return parts
+
+    def _wait(self, attempt: _Attempt) -> None:
+        """Until something can have changed: an answer, or an attempt that is late."""
+        open_attempts = list(_open_attempts(attempt))
+        if self._left_s() <= 0:
+            raise self._no_answer(attempt.call.worker_id)
+        late_s = min((one.until_s for one in open_attempts if one.rescue is None), default=float("inf"))
+        wait(
+            [one.answer for one in open_attempts],
+            timeout=max(0.0, min(late_s - time.monotonic(), self._left_s())),
+            return_when=FIRST_COMPLETED,
+        )
+
+    def _poll(self, attempt: _Attempt) -> list[Part] | None:
+        """The parts of an attempt's rows if they are there; starts a rescue where one is due."""
+        if attempt.parts is not None:
+            return attempt.parts
+        if not attempt.is_over and attempt.answer.done():
+            attempt.is_over = True
+            attempt.parts = self._read(attempt)
+        elif not attempt.is_over and attempt.rescue is None and time.monotonic() >= attempt.until_s:
+            self._on_failure(attempt.call, reason="late")
+            attempt.rescue = self._resend(attempt, self._no_answer(attempt.call.worker_id))
+        if attempt.parts is None and attempt.rescue is not None:
+            found = [self._poll(child) for child in attempt.rescue]
+            whole = [part for parts in found if parts is not None for part in parts]
+            attempt.parts = whole if None not in found else None
+        return attempt.parts
+
+    def _read(self, attempt: _Attempt) -> list[Part] | None:
+        """An attempt's own answer; None when it is of no use and its rows are sent elsewhere."""
+        try:
+            reply = attempt.answer.result()
+            sums_RD = self._check(reply, attempt)
+        except MorayError as error:
+            self._on_error(attempt, error)
+            if attempt.rescue is None:
+                attempt.rescue = self._resend(attempt, error)
+            return None
+        call = attempt.call
+        self._book.on_answer(
+            call.worker_id,
+            num_rows=call.token_idx_R.size,
+            seconds=time.monotonic() - attempt.sent_s,
+            queue_rows=reply.queue_rows,
+        )
+        self._metrics.counter("dispatch_bytes_total", direction="received").inc(reply.tensors[0].nbytes)
+        return [(call, sums_RD)]
+
+    def _on_error(self, attempt: _Attempt, error: MorayError) -> None:
+        """Counts an answer that is of no use; raises what no other worker mends."""
+        worker_id, reason = attempt.call.worker_id, type(error).__name__
+        if isinstance(error, FrameInvalid):
+            self._metrics.counter("dispatch_refused_total", reason=error.field).inc()
+            self._num_nonsense += 1
+            if self._num_nonsense >= _MOST_NONSENSE:
+                raise FrameInvalid(f"{worker_id} {error.message}", field=error.field) from None
+        elif not error.is_retryable:
+            raise error
+        if _lacks_expert(attempt, error):
+            self._metrics.counter("dispatch_retries_total", reason=reason).inc()
+        else:
+            self._on_failure(attempt.call, reason=reason)
+
+    def _check(self, reply: Frame, attempt: _Attempt) -> Sums:
+        if reply.table_version != attempt.table_version or reply.layer_idx != self._layer_idx:
+            raise FrameInvalid(
+                f"answered for table {reply.table_version} layer {reply.layer_idx}, "
+                f"wanted table {attempt.table_version} layer {self._layer_idx}",
+                field="version",
+            )
+        return read_partial(
+            reply,
+            num_rows=attempt.call.token_idx_R.size,
+            hidden_size=self._x_TD.shape[1],
+            form=self._dispatcher.forms.sums,
+        )
+
+    def _left_s(self) -> float:
+        return max(0.0, self._began_s + self._dispatcher.rules.deadline_s - time.monotonic())
+
+    def _no_answer(self, worker_id: str) -> WorkerLost:
+        deadline_s = self._dispatcher.rules.deadline_s
+        return WorkerLost(
+            f"layer {self._layer_idx}: no answer of {worker_id} or another worker in time; "
+            f"dispatch.deadline_s={deadline_s:g} s"
+        )
+
+    def _on_failure(self, call: WorkerCall, *, reason: str) -> None:
+        self._metrics.counter("dispatch_retries_total", reason=reason).inc()
+        self._book.on_failure(call.worker_id, now_s=time.monotonic())
+
+    def _resend(self, attempt: _Attempt, error: MorayError) -> list[_Attempt]:
+        """The attempt's rows, planned on the newest table over the workers that are trusted now.
+
+        Raises:
+            MorayError: the error that made it necessary, when there is no time left.
+        """
+        if self._left_s() <= 0:
+            raise error
+        depth = attempt.depth + 1
+        if _lacks_expert(attempt, error):
+            return [self._send(replace(attempt.call, may_load=True), attempt.table_version, depth=depth)]
+        table = self._dispatcher.newest_table(above=0, wait_s=0)
+        loads = self._dispatcher.loads_of(table)
+        if not loads.is_usable_W.any():
+            wait_s = min(_NEWER_TABLE_S * 2**attempt.depth, _LONGEST_WAIT_S, self._left_s())
+            table = self._dispatcher.newest_table(above=table.version, wait_s=wait_s)
+            loads = self._dispatcher.loads_of(table)
+        if not loads.is_usable_W.any():
+            loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
+        plan = plan_dispatch(attempt.call.assignments(), table, layer_idx=self._layer_idx, loads=loads)
+        return [self._send(call, plan.table_version, depth=depth) for call in plan.calls]
+
+    def _send(self, call: WorkerCall, table_version: int, *, depth: int) -> _Attempt:
+        frame = Frame(
+            kind=FrameKind.FORWARD,
+            tensors=forward_tensors(self._encoded, call),
+            flags=self._dispatcher.forms.flags | (FLAG_LOAD_MISSING if call.may_load else 0),
+            table_version=table_version,
+            layer_idx=self._layer_idx,
+        )
+        num_rows = call.token_idx_R.size
+        self._metrics.counter("dispatch_rows_total").inc(num_rows)
+        num_bytes = sum(tensor.nbytes for tensor in frame.tensors)
+        self._metrics.counter("dispatch_bytes_total", direction="sent").inc(num_bytes)
+        now_s = time.monotonic()
+        return _Attempt(
+            call=call,
+            table_version=table_version,
+            sent_s=now_s,
+            until_s=now_s + self._book.attempt_s(call.worker_id, num_rows=num_rows) * 2 ** min(depth, 10),
+            depth=depth,
+            answer=self._dispatcher.transport.send(call.worker_id, frame),
+        )
+
+
+def _lacks_expert(attempt: _Attempt, error: MorayError) -> bool:
+    """Whether the worker is sound, but its slots are those of another table: it is asked to load."""
+    return isinstance(error, ExpertNotLoaded) and not attempt.call.may_load
+
+
+def _open_attempts(attempt: _Attempt) -> Iterator[_Attempt]:
+    """Those of an attempt and its rescues whose answers may still come."""
+    if attempt.parts is not None:
+        return
+    if not attempt.is_over:
+        yield attempt
+    for child in attempt.rescue or ():
+        yield from _open_attempts(child)
