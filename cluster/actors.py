@@ -177,7 +177,11 @@ def _make_server(spec: StartSpec, host: str) -> _Server:
         return ExpertServer(spec.worker_id, checkpoint_dir=path, settings=expert)
     settings = AttentionSettings(
         engine=EngineConfig(
-            group=getattr(config, spec.role), compute=config.compute, kv=config.kv, mtp=config.mtp
+            group=getattr(config, spec.role),
+            compute=config.compute,
+            kv=config.kv,
+            mtp=config.mtp,
+            selection_bias=config.selection_bias,
         ),
         dispatch=config.dispatch,
         controller_address=spec.controller_address,

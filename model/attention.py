@@ -20,6 +20,7 @@ from torch import Tensor
 from model.batch import Batch, CacheView, LayerCache, Span, Trace
 from model.config import ModelConfig
 from model.kernels.base import Kernels, Reads
+from model.online_bias import OnlineBias
 from model.rope import RopeTable
 from model.weights import AttentionWeights
 
@@ -88,6 +89,8 @@ class Step:
     """Rotary table of the batch's positions."""
     cache: CacheView
     trace: Trace | None
+    online_bias: OnlineBias | None = None
+    """Moves the gate's choices; None = nothing does."""
 
 
 def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx: int) -> Tensor:

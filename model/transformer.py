@@ -14,6 +14,7 @@ from model.batch import Batch, CacheView, MoeStep, PendingRows, Trace
 from model.config import ModelConfig
 from model.errors import ConfigInvalid
 from model.kernels.base import Kernels
+from model.online_bias import OnlineBias
 from model.rope import Rope
 from model.weights import LayerWeights, ModelWeights, MoeWeights, MtpWeights
 
@@ -28,12 +29,14 @@ class Transformer:
         kernels: Kernels,
         *,
         zero_first_embedding: bool = False,
+        online_bias: OnlineBias | None = None,
     ) -> None:
-        """Takes the weights, and the kernels that they were packed with."""
+        """Takes the weights, and the kernels that they were packed with; online_bias None = a plain gate."""
         self.config = config
         self._weights = weights
         self._kernels = kernels
         self._rope = Rope(config, device=weights.embed_VD.device)
+        self.online_bias = online_bias
         self._zero_first_embedding = zero_first_embedding
         """Whether the MTP layer takes zeros for the embedding at position 0 (vLLM does, SGLang does not)."""
 
@@ -137,6 +140,7 @@ class Transformer:
             table=table,
             cache=cache,
             trace=trace,
+            online_bias=self.online_bias,
         )
 
     def _mtp(self) -> MtpWeights:
@@ -188,7 +192,13 @@ def _run_layer(
 
 def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> _Delta:
     """Routed experts plus the shared one, which is computed while the others are under way: (T, D)."""
-    ids_TK, weights_TK = step.kernels.choose_experts(weights.gate_ED(x_TD), weights.bias_E, step.config)
+    logits_TE = weights.gate_ED(x_TD)
+    if step.online_bias is None:
+        ids_TK, weights_TK = step.kernels.choose_experts(logits_TE, weights.bias_E, step.config)
+    else:
+        ids_TK, weights_TK = step.online_bias.choose(
+            step.kernels, logits_TE, weights.bias_E, step.config, layer_idx=layer_idx
+        )
     if step.trace is not None:
         step.trace.on_gate(layer_idx, ids_TK, weights_TK)
     pending = moe(layer_idx, x_TD, ids_TK, weights_TK)

@@ -103,6 +103,14 @@ METRICS: tuple[MetricSpec, ...] = (
         "Answers of expert workers refused, by what was wrong.",
         ("reason",),
     ),
+    MetricSpec(
+        "moray_attention_selection_bias_on", Kind.GAUGE, "Whether online selection bias moves choices now."
+    ),
+    MetricSpec(
+        "moray_attention_selection_bias_changed_share",
+        Kind.GAUGE,
+        "Share of expert choices that online selection bias changed.",
+    ),
     MetricSpec("moray_attention_table_version", Kind.GAUGE, "Routing table in use."),
     MetricSpec(
         "moray_expert_rows_total", Kind.COUNTER, "Rows computed; a row counts once per chosen expert."

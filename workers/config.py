@@ -76,6 +76,19 @@ class MtpConfig(FrozenConfig):
     """Zero the embedding at position 0 before the layer, as vLLM does and SGLang does not."""
 
 
+class SelectionBiasConfig(FrozenConfig):
+    """Online selection bias: moves the gate's choices toward experts with less load. It changes outputs."""
+
+    enabled: bool = False
+    """Whether attention workers do it."""
+    step: float = Field(0.001, gt=0, le=0.1)
+    """How far an expert's bias moves at a time, toward mean load."""
+    limit: float = Field(0.02, gt=0, le=1)
+    """Largest move of either sign in all."""
+    most_changed_share: float = Field(0.02, gt=0, le=1)
+    """Share of choices that may differ from the plain gate's; above it, a worker stops doing it."""
+
+
 class DispatchConfig(FrozenConfig):
     """How attention workers send tokens to expert workers."""
 
@@ -90,4 +103,4 @@ class DispatchConfig(FrozenConfig):
     attempt_s: float = Field(1.0, gt=0)
     """Seconds that an expert worker gets at least to answer before its rows are sent elsewhere too."""
     quarantine_s: float = Field(0.5, gt=0)
-    """Seconds without rows for an expert worker that failed; they double with each further failure, up to 30."""
+    """Seconds without rows for an expert worker that failed; each further failure doubles them, up to 30."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
 from model.local_experts import LocalExperts
+from model.online_bias import OnlineBias, OnlineBiasRules
 from model.profile import StepClock
 from model.transformer import Transformer
 from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
@@ -14,7 +15,7 @@ from workers.attention.engine import Engine, EngineParts
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.scheduler import StepLimits
-from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig, SelectionBiasConfig
 from workers.packing import make_packing
 
 
@@ -26,6 +27,7 @@ class EngineConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     kv: KvConfig = field(default_factory=KvConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
+    selection_bias: SelectionBiasConfig = field(default_factory=SelectionBiasConfig)
 
 
 class InProcessExperts(LocalExperts):
@@ -91,6 +93,7 @@ def _engine(
             weights,
             packing.kernels,
             zero_first_embedding=config.mtp.zero_first_embedding,
+            online_bias=_online_bias(config.selection_bias),
         ),
         cache=PagedCache(
             num_layers=model.num_cache_layers,
@@ -107,3 +110,11 @@ def _engine(
         metrics=metrics,
     )
     return Engine(parts)
+
+
+def _online_bias(config: SelectionBiasConfig) -> OnlineBias | None:
+    if not config.enabled:
+        return None
+    return OnlineBias(
+        OnlineBiasRules(step=config.step, limit=config.limit, most_changed_share=config.most_changed_share)
+    )

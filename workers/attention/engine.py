@@ -362,6 +362,11 @@ class Engine:
             self._metrics.gauge("requests", state=phase.value).set(counts[phase])
         self._metrics.gauge("pages", state="free").set(self._pages.num_free)
         self._metrics.gauge("pages", state="used").set(self._pages.num_pages - self._pages.num_free)
+        online_bias = self._transformer.online_bias
+        if online_bias is not None:
+            self._metrics.gauge("selection_bias_on").set(online_bias.is_on)
+            share = online_bias.num_changed / max(online_bias.num_choices, 1)
+            self._metrics.gauge("selection_bias_changed_share").set(share)
 
 
 def _position(sequence: SequenceState) -> int:
