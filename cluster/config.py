@@ -10,7 +10,15 @@ from pydantic import Field
 from router.config import RouterConfig
 from wire.config import FrozenConfig
 from wire.errors import ConfigError
-from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, ExpertConfig, KvConfig, MtpConfig
+from workers.config import (
+    AttentionConfig,
+    ComputeConfig,
+    DispatchConfig,
+    ExpertConfig,
+    KvConfig,
+    MtpConfig,
+    SelectionBiasConfig,
+)
 
 
 class ControllerConfig(FrozenConfig):
@@ -30,6 +38,25 @@ class ControllerConfig(FrozenConfig):
     """Heartbeats in a row without an answer after which an expert worker is lost and started again."""
     reader_lease_s: float = Field(15.0, gt=0)
     """Seconds after which an attention worker that does not report keeps no old routing table alive."""
+    retire_s: float = Field(5.0, gt=0)
+    """Seconds that a worker which leaves the cluster gets to end by itself."""
+
+
+class BalanceConfig(FrozenConfig):
+    """How experts are moved between workers, and copied, as their load changes."""
+
+    enabled: bool = True
+    """Whether the controller moves experts by itself; `Control.Rebalance` works in any case."""
+    interval_s: float = Field(60.0, gt=0)
+    """Seconds between two looks at the load."""
+    half_life_s: float = Field(120.0, gt=0)
+    """Seconds after which a row counts half."""
+    min_gain: float = Field(0.1, ge=0)
+    """Nothing moves unless the mean over the busiest worker's load grows by at least this."""
+    min_rows: int = Field(10_000, ge=0)
+    """Nothing moves before so many rows were counted, a row once for each of its experts."""
+    bytes_per_s: float = Field(1e9, gt=0)
+    """Weights that are loaded for moves, a second, over all workers."""
 
 
 class TopologyConfig(FrozenConfig):
@@ -68,10 +95,14 @@ class MorayConfig(FrozenConfig):
     """How attention workers send tokens to expert workers."""
     mtp: MtpConfig = MtpConfig()
     """The multi-token-prediction layer."""
+    selection_bias: SelectionBiasConfig = SelectionBiasConfig()
+    """Online selection bias of the gate; it changes outputs, so it is off."""
     router: RouterConfig = RouterConfig()
     """The public endpoint."""
     controller: ControllerConfig = ControllerConfig()
     """The controller."""
+    balance: BalanceConfig = BalanceConfig()
+    """How experts are moved as their load changes."""
     topology: TopologyConfig = TopologyConfig()
     """Where node labels come from."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
