@@ -16,6 +16,7 @@ import numpy as np
 
 from cluster.balance.change import Goal, change
 from cluster.balance.fill import fill_slots
+from cluster.balance.measure import count_replicas
 from cluster.balance.refine import refine
 from cluster.balance.replicas import needed_replicas, plan_replicas
 from cluster.balance.scratch import Sketch, plan_from_scratch
@@ -67,6 +68,8 @@ def normalise(loads_LE: Floats) -> Floats:
 def mend(loads_LE: Floats, plan_LWX: Ints, fleet: Fleet) -> Ints:
     """(L, W, X) the plan with every expert in it, no empty slot, and none twice on one worker."""
     plan_LWX = np.where(mark_twins(plan_LWX), EMPTY, plan_LWX)
+    if (plan_LWX != EMPTY).all() and (count_replicas(plan_LWX, loads_LE.shape[1]) > 0).all():
+        return plan_LWX
     room_LWX, count_LE = make_room(loads_LE, plan_LWX, np.ones(loads_LE.shape, dtype=np.int64))
     num_slots = fleet.num_workers * fleet.num_slots
     count_LE = plan_replicas(loads_LE, num_slots, most=fleet.num_workers, least_LE=count_LE)

@@ -56,16 +56,21 @@ def plan_from_scratch(loads_LE: Floats, fleet: Fleet) -> Sketch:
 
 def _sketch(loads_LE: Floats, count_LE: Ints, fleet: Fleet) -> Sketch:
     num_layers, num_experts = loads_LE.shape
-    plan_LWX = np.full((num_layers, fleet.num_workers, fleet.num_slots), EMPTY)
     if fleet.num_slots == 1:
-        # Workers are alike while they are empty: the first replicas need no search.
-        plan_LWX[:, _domains_in_turn(fleet)[:num_experts], 0] = np.arange(num_experts)
-    plan_LWX = fill_slots(loads_LE, plan_LWX, count_LE, fleet)
+        # Workers differ by their domain only: copies of an expert go to one domain after the other.
+        expert_LE = np.broadcast_to(np.arange(num_experts), count_LE.shape)
+        plan_LWX = np.empty((num_layers, fleet.num_workers, 1), dtype=np.int64)
+        plan_LWX[:, _domains_in_turn(fleet), 0] = np.repeat(expert_LE, count_LE.ravel()).reshape(
+            num_layers, -1
+        )
+    else:
+        empty_LWX = np.full((num_layers, fleet.num_workers, fleet.num_slots), EMPTY)
+        plan_LWX = fill_slots(loads_LE, empty_LWX, count_LE, fleet)
     return Sketch(plan_LWX, count_LE, worker_loads(loads_LE, plan_LWX).max(axis=1))
 
 
 def _domains_in_turn(fleet: Fleet) -> Ints:
-    """(W,) the workers, one of every domain, a second one of each, and so on: the last ones stay free."""
+    """(W,) the workers: one of every domain, then a second one of each, and so on."""
     by_domain = np.argsort(fleet.domain_W, kind="stable")
     domain_W = fleet.domain_W[by_domain]
     turn_W = np.arange(fleet.num_workers) - np.searchsorted(domain_W, domain_W)

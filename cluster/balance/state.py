@@ -9,12 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cluster.balance.types import EMPTY, Fleet, Floats, Ints
-
-TWICE = 1e9
-"""Handicap of a worker that holds the expert already; loads are about 1."""
-SAME_DOMAIN = 1e6
-"""Handicap of a worker in whose failure domain the expert has a replica."""
+from cluster.balance.types import EMPTY, Fleet, Ints
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,3 @@ class Copies:
         np.add.at(self.by_worker_LEW, (layer_A, old_A, worker_A), -1)
         np.add.at(self.by_domain_LEZ, (layer_A, old_A, domain_A), -1)
         self.add(layer_A, worker_A, new_A)
-
-    def handicaps(self, layer_R: Ints, expert_R: Ints) -> Floats:
-        """(R, W) what speaks against each worker as the next home of an expert, 0 for nothing."""
-        is_held_RW = self.by_worker_LEW[layer_R, expert_R] > 0
-        near_RW = self.by_domain_LEZ[layer_R, expert_R][:, self.fleet.domain_W]
-        handicap_RW: Floats = TWICE * is_held_RW + SAME_DOMAIN * near_RW
-        return handicap_RW

@@ -10,6 +10,8 @@ from cluster.balance.types import EMPTY, Bools, Floats, Ints
 
 def mark_twins(plan_LWX: Ints) -> Bools:
     """(L, W, X) slots whose expert an earlier slot of the same worker holds."""
+    if plan_LWX.shape[2] == 1:
+        return np.zeros(plan_LWX.shape, dtype=bool)
     is_earlier = np.tri(plan_LWX.shape[2], k=-1, dtype=bool)
     is_same = plan_LWX[..., :, None] == plan_LWX[..., None, :]
     is_twin_LWX: Bools = (is_same & is_earlier).any(axis=3) & (plan_LWX != EMPTY)
