@@ -120,12 +120,49 @@ async def shut_down(controller_address: str, *, deadline_s: float) -> None:
         try:
             await stub.Shutdown(control_pb2.ShutdownRequest(), timeout=deadline_s)
         except grpc.aio.AioRpcError as error:
-            if not _is_unreachable(error):
-                raise from_rpc(error) from None
-            message = (
-                f"no controller answers at {controller_address} ({_cause(error)}); its cluster may be gone"
-            )
-            raise NotReady(message) from None
+            raise _controller_error(error, controller_address) from None
+
+
+async def scale(
+    controller_address: str, role: "control_pb2.Role.ValueType", num_workers: int, *, deadline_s: float
+) -> int:
+    """Gives a role of a running cluster another number of workers; the routing table's version then.
+
+    Raises:
+        MorayError: nothing answers there, the number cannot be, or it is not so in time.
+    """
+    request = control_pb2.ScaleRequest(role=role, num_workers=num_workers)
+    async with grpc.aio.insecure_channel(controller_address, options=CHANNEL_OPTIONS) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        try:
+            return (await stub.Scale(request, timeout=deadline_s)).table_version
+        except grpc.aio.AioRpcError as error:
+            raise _controller_error(error, controller_address) from None
+
+
+async def rebalance(
+    controller_address: str, request: control_pb2.RebalanceRequest, *, deadline_s: float
+) -> control_pb2.RebalanceResponse:
+    """Has a running cluster place its experts anew.
+
+    Raises:
+        MorayError: nothing answers there, or it could not be done.
+    """
+    async with grpc.aio.insecure_channel(controller_address, options=CHANNEL_OPTIONS) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        try:
+            return await stub.Rebalance(request, timeout=deadline_s)
+        except grpc.aio.AioRpcError as error:
+            raise _controller_error(error, controller_address) from None
+
+
+def _controller_error(error: grpc.aio.AioRpcError, address: str) -> MorayError:
+    """What a controller answered; or, when it was the connection that failed, where to."""
+    if _is_unreachable(error):
+        return NotReady(f"no controller answers at {address} ({_cause(error)}); its cluster may be gone")
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlinePassed(f"not done before the deadline; the controller at {address} goes on with it")
+    return from_rpc(error)
 
 
 def _router_error(error: grpc.aio.AioRpcError, address: str, *, has_begun: bool = False) -> MorayError:

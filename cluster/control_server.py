@@ -2,13 +2,25 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc.aio
 
+from cluster.control.members import ELASTIC_ROLES
+from wire.errors import InvalidRequest
 from wire.metrics import Metrics
 from wire.proto import control_pb2, control_pb2_grpc
 from wire.rpc import SERVER_OPTIONS, Context, stream_errors, unary_errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebalanced:
+    """What a rebalancing came to."""
+
+    table_version: int
+    num_moved: int
+    """Copies of experts that were loaded."""
 
 
 class ControlHandler(Protocol):
@@ -19,6 +31,12 @@ class ControlHandler(Protocol):
 
     async def on_report(self, member_id: str, table_version: int) -> None:
         """An attention worker says which table it uses."""
+
+    async def scale(self, role: str, num_workers: int) -> int:
+        """Gives a role so many workers; the version of the table then."""
+
+    async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
+        """Plans the placement anew and carries it out."""
 
 
 class ControlServer(control_pb2_grpc.ControlServicer):
@@ -89,6 +107,23 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         """Notes which table an attention worker uses."""
         await self._handler.on_report(request.member_id, request.table_version)
         return control_pb2.ReportResponse()
+
+    @unary_errors
+    async def Scale(self, request: control_pb2.ScaleRequest, context: Context) -> control_pb2.ScaleResponse:
+        """Gives a role another number of workers; answers when the cluster is so."""
+        role = control_pb2.Role.Name(request.role).removeprefix("ROLE_").lower()
+        if role not in ELASTIC_ROLES:
+            raise InvalidRequest(f"role: wanted one of {', '.join(ELASTIC_ROLES)}; got {role}", field="role")
+        version = await self._handler.scale(role, request.num_workers)
+        return control_pb2.ScaleResponse(table_version=version)
+
+    @unary_errors
+    async def Rebalance(
+        self, request: control_pb2.RebalanceRequest, context: Context
+    ) -> control_pb2.RebalanceResponse:
+        """Plans the placement anew; answers when it is in force."""
+        done = await self._handler.rebalance(force=request.force, seed=request.seed)
+        return control_pb2.RebalanceResponse(table_version=done.table_version, num_moved=done.num_moved)
 
     async def _wait_newer(self, seen_version: int) -> control_pb2.ClusterSnapshot:
         async with self._changed:

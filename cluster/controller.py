@@ -2,9 +2,8 @@
 
 One task supervises each member: launch, prepare (expert workers load their slots), activate (publish),
 watch over it until it is lost, and again. Expert workers are lost when their actor dies or their heartbeats
-stop. What is loaded where, and which table follows, `ClusterState` decides after every event. The
-controller stores nothing: a restarted one finds its actors by name, and each of them says what it is and
-holds already.
+stop. What is loaded where, and which table follows, `ClusterState` decides after every event. The controller
+stores nothing: a restarted one finds its actors by name, and each of them says what it is and holds already.
 """
 
 import asyncio
@@ -14,18 +13,24 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from cluster.balancer import Balancer
 from cluster.config import MorayConfig
 from cluster.control.heartbeat import Pulse
-from cluster.control.tables import LoadOrder
-from cluster.control_server import ControlServer
+from cluster.control.members import ATTENTION_ROLES, ELASTIC_ROLES, MemberState, role_of
+from cluster.control_server import ControlServer, Rebalanced
 from cluster.expert_link import ExpertLink, read_slots
 from cluster.launcher import Launcher
-from cluster.state import ATTENTION_ROLES, ClusterState, MemberState
+from cluster.rollout import Rollout, cancel
+from cluster.state import ClusterState
 from wire.errors import ClientError, ModelBroken, MorayError, WorkerLost
 from wire.handshake import Handshake
 from wire.metrics import Metrics
+from wire.proto import expert_pb2
 
 _log = logging.getLogger(__name__)
+
+_RECALL_S = 5.0
+"""What a worker of an earlier controller gets to say how many workers there should be."""
 
 
 class Controller:
@@ -46,19 +51,20 @@ class Controller:
         self._handshake = Handshake(model=fingerprint)
         self._metrics = metrics
         self._server = ControlServer(self, metrics=metrics)
-        self._changed = asyncio.Condition()
-        """Notified after every event."""
+        self._rollout = Rollout(
+            state,
+            server=self._server,
+            handshake=self._handshake,
+            metrics=metrics,
+            retry_s=config.controller.restart_delay_s,
+        )
+        self._balancer = Balancer(config.balance, state=state, rollout=self._rollout, metrics=metrics)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        """What supervises each member."""
-        self._links: dict[str, ExpertLink] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._load_errors: dict[str, MorayError] = {}
-        """Why the last load of a worker failed."""
+        """What supervises each member, and what runs beside."""
+        self._scale = expert_pb2.Scale()
+        """How many workers there should be; its version counts the changes."""
         self._reported_s: dict[str, float] = {}
         """When each attention worker was last heard of."""
-        self._table_unix_s = 0.0
-        self._unheard: set[str] = set()
-        """Workers of an earlier controller that have not reported to this one yet."""
         self.fatal: MorayError | None = None
         """An error that no restart mends; the cluster does not come up."""
         self.stopped = asyncio.Event()
@@ -71,25 +77,29 @@ class Controller:
     async def run(self, address: str) -> None:
         """Serves at host:port and supervises until `shutdown`."""
         await self._server.start(address)
-        supervised = [member for member in self._state.members() if member.role != "controller"]
         # After a restart nothing is said until everyone who runs has reported: to the watchers of the last
         # snapshot a half-known cluster would look like one whose workers are gone.
-        self._unheard = set(self._launcher.running([member.worker_id for member in supervised]))
-        await self._publish()
+        running = self._launcher.running()
+        await self._recall(running)
+        supervised = [member for member in self._state.members() if member.role != "controller"]
+        self._rollout.unheard = {member.worker_id for member in supervised} & set(running)
+        await self._rollout.publish()
         for member in supervised:
-            self._start_task(member.worker_id, self._supervise(member.worker_id, member.role))
-        self._start_task("leases", self._expire_readers())
+            self._supervise_from_now(member.worker_id)
+            if member.is_leaving:
+                self._run_beside(f"retire-{member.worker_id}", self._retire(member.worker_id))
+        self._run_beside("leases", self._expire_readers())
+        self._run_beside("balance", self._balancer.run())
         await self.stopped.wait()
         # The answer to the Shutdown call is still on its way.
         await self._server.stop()
 
+    # ---- what is asked of the controller ----
+
     async def shutdown(self) -> None:
         """Ends the router (draining), then every worker; returns when they are gone."""
-        tasks = [*self._tasks.values(), *self._loads.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await cancel(*self._tasks.values())
+        await self._rollout.close()
         members = [member for member in self._state.members() if member.role != "controller"]
         routers = [m.worker_id for m in members if m.role == "router"]
         workers = [m.worker_id for m in members if m.role != "router"]
@@ -102,7 +112,27 @@ class Controller:
         """An attention worker says which table it uses, so that what only older ones name can be freed."""
         self._reported_s[member_id] = time.monotonic()
         self._state.on_report(member_id, table_version)
-        await self._follow_up()
+        await self._rollout.follow_up()
+
+    async def scale(self, role: str, num_workers: int) -> int:
+        """Has a role so many members; returns the table's version when they work and the others have left.
+
+        Raises:
+            ConfigError: too few to serve, or for the experts.
+        """
+        plan = self._state.resize(role, num_workers)
+        self._scale = expert_pb2.Scale(version=self._scale.version + 1, num_workers=self._state.num_workers())
+        for worker_id in plan.new:
+            self._supervise_from_now(worker_id)
+        for worker_id in plan.leaving:
+            self._run_beside(f"retire-{worker_id}", self._retire(worker_id))
+        await self._rollout.follow_up(has_news=True)
+        await self._rollout.wait_for(lambda: self._has_size(role, num_workers))
+        return self._state.table_version
+
+    async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
+        """Plans the placement anew and carries it out; see Balancer.rebalance."""
+        return await self._balancer.rebalance(force=force, seed=seed)
 
     # ---- one member ----
 
@@ -123,6 +153,8 @@ class Controller:
                 _log.exception("supervising %s", worker_id)
                 problem = f"{type(error).__name__}: {error}"
             await self._lose(worker_id, role, problem)
+            if self._state.member(worker_id).is_leaving:
+                return
             await asyncio.sleep(self._config.controller.restart_delay_s)
 
     async def _bring_up(self, worker_id: str, role: str) -> None:
@@ -143,23 +175,23 @@ class Controller:
         elif role in ATTENTION_ROLES:
             self._reported_s[worker_id] = time.monotonic()
         self._state.on_ready(worker_id)
-        self._unheard.discard(worker_id)
-        await self._follow_up(has_news=True)
+        self._rollout.unheard.discard(worker_id)
+        await self._rollout.follow_up(has_news=True)
 
     async def _prepare(self, worker_id: str, address: str) -> None:
         """Hears what an expert worker holds; returns when it holds what it should."""
-        link = self._links[worker_id] = ExpertLink(address, self._handshake)
-        self._load_errors.pop(worker_id, None)
+        link = await self._rollout.connect(worker_id, address)
         held = await link.describe()
         self._state.on_described(worker_id, read_slots(held), table_version=held.table_version)
-        self._unheard.discard(worker_id)
-        await self._follow_up(has_news=True)
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: worker_id in self._load_errors or self._state.is_prepared(worker_id)
-            )
-        if worker_id in self._load_errors:
-            raise self._load_errors[worker_id]
+        self._rollout.unheard.discard(worker_id)
+        await self._rollout.follow_up(has_news=True)
+        failures = self._rollout.failures
+        await self._rollout.wait_for(lambda: worker_id in failures or self._is_in_place(worker_id))
+        if worker_id in failures:
+            raise failures[worker_id]
+
+    def _is_in_place(self, worker_id: str) -> bool:
+        return self._state.is_prepared(worker_id) or self._state.member(worker_id).is_leaving
 
     async def _watch_over(self, worker_id: str, role: str) -> None:
         """Returns when a worker has stopped as it was told to.
@@ -175,18 +207,18 @@ class Controller:
             for task in done:
                 task.result()
         finally:
-            for task in signs:
-                task.cancel()
-            await asyncio.gather(*signs, return_exceptions=True)
+            await cancel(*signs)
 
     async def _beat(self, worker_id: str) -> None:
         """Asks for a sign of life again and again; fails when too many stay out."""
         every_s = self._config.controller.heartbeat_s
         pulse = Pulse(max_misses=self._config.controller.heartbeat_misses)
+        link = self._rollout.link(worker_id)
         while not pulse.is_lost:
             began_s = time.monotonic()
             try:
-                await self._links[worker_id].beat(deadline_s=every_s)
+                report = await link.beat(self._scale, deadline_s=every_s)
+                self._balancer.on_beat(report)
                 pulse = pulse.after(answered=True)
             except MorayError as error:
                 _log.warning("heartbeat of %s: %s", worker_id, error.message)
@@ -200,50 +232,59 @@ class Controller:
             _log.warning("lost %s: %s; starting it again", worker_id, problem)
             self._metrics.counter("restarts_total", role=role).inc()
         self._state.on_lost(worker_id, problem=problem)
-        self._unheard.discard(worker_id)
+        self._state.place()
+        self._rollout.unheard.discard(worker_id)
         # Others need not wait for the end of a process that does not answer.
-        await self._follow_up(has_news=True)
+        await self._rollout.follow_up(has_news=True)
         with contextlib.suppress(WorkerLost):
             await self._launcher.kill(worker_id)
-        if load := self._loads.pop(worker_id, None):
-            load.cancel()
-        if link := self._links.pop(worker_id, None):
-            await link.close()
+        await self._rollout.disconnect(worker_id)
 
-    # ---- tables ----
+    async def _retire(self, worker_id: str) -> None:
+        """Lets a member go: an expert worker when no table in use names it, an attention worker at once.
 
-    async def _follow_up(self, *, has_news: bool = False) -> None:
-        """Does what follows from what is known now: a new table, loads, a snapshot, and wakes who waits."""
-        tables = self._state.tables
-        was_loading = tables.num_loading > 0
-        if tables.renew():
-            has_news = True
-            self._table_unix_s = time.time()
-            _log.info("routing table %d", self._state.table_version)
-        for order in tables.plan_loads():
-            self._loads[order.worker_id] = asyncio.create_task(self._load(order), name=order.worker_id)
-        if has_news or was_loading != (tables.num_loading > 0):
-            await self._publish()
-        async with self._changed:
-            self._changed.notify_all()
+        The router starts the requests of an attention worker again on another one.
+        """
+        role = role_of(worker_id)
+        if role == "expert":
+            tables = self._state.tables
+            await self._rollout.wait_for(
+                lambda: tables.is_empty(worker_id) or not self._state.member(worker_id).is_leaving
+            )
+        if not self._state.member(worker_id).is_leaving:
+            return
+        await cancel(self._tasks.pop(worker_id))
+        await self._launcher.stop(worker_id, grace_s=self._config.controller.retire_s)
+        await self._rollout.disconnect(worker_id)
+        self._state.on_gone(worker_id)
+        _log.info("%s has left", worker_id)
+        await self._rollout.follow_up(has_news=True)
 
-    async def _load(self, order: LoadOrder) -> None:
-        began_s = time.monotonic()
+    # ---- beside ----
+
+    async def _recall(self, running: list[str]) -> None:
+        """After a restart: the size that the controller before gave the cluster, kept by expert workers."""
+        for worker_id in running:
+            if role_of(worker_id) == "expert":
+                with contextlib.suppress(MorayError, TimeoutError):
+                    await asyncio.wait_for(self._recall_from(worker_id), _RECALL_S)
+        for role, num_workers in self._scale.num_workers.items():
+            self._state.resize(role, num_workers)
+        known = {member.worker_id for member in self._state.members()}
+        for worker_id in running:
+            if worker_id not in known and role_of(worker_id) in ELASTIC_ROLES:
+                # It was leaving when the controller before died.
+                self._state.on_found_leaving(worker_id, role_of(worker_id))
+
+    async def _recall_from(self, worker_id: str) -> None:
+        report, _ = await self._launcher.launch(worker_id, "expert")
+        link = ExpertLink(report.address, self._handshake)
         try:
-            await self._links[order.worker_id].load(order, num_workers={})
-        except MorayError as error:
-            _log.warning("%s could not load %d experts: %s", order.worker_id, order.num_new, error.message)
-            self._state.tables.on_load_failed(order)
-            if not self._state.member(order.worker_id).is_ready:
-                self._load_errors[order.worker_id] = error
-            await self._follow_up()
-            await asyncio.sleep(self._config.controller.restart_delay_s)
-            self._state.tables.retry(order.worker_id)
-        else:
-            took_s = time.monotonic() - began_s
-            _log.info("%s loaded %d experts in %.1f s", order.worker_id, order.num_new, took_s)
-            self._state.tables.on_loaded(order)
-        await self._follow_up()
+            scale = (await link.describe()).scale
+        finally:
+            await link.close()
+        if scale.version > self._scale.version:
+            self._scale = scale
 
     async def _expire_readers(self) -> None:
         """Forgets what attention workers said that are silent for long: they must not hold slots for ever."""
@@ -257,20 +298,17 @@ class Controller:
                 self._state.tables.on_reader_lost(member_id)
             if silent:
                 _log.warning("no report from %s; not waiting for them with old tables", ", ".join(silent))
-                await self._follow_up()
+                await self._rollout.follow_up()
 
-    async def _publish(self) -> None:
-        if self._unheard:
-            return
-        await self._server.publish(self._state.snapshot(table_unix_s=self._table_unix_s))
-        self._metrics.gauge("table_version").set(self._state.table_version)
-        counts: dict[tuple[str, str], int] = {}
-        for member in self._state.members():
-            for state in ("ready", "starting"):
-                key = (member.role, state)
-                counts[key] = counts.get(key, 0) + (member.is_ready == (state == "ready"))
-        for (role, state), count in counts.items():
-            self._metrics.gauge("members", role=role, state=state).set(count)
+    def _has_size(self, role: str, num_workers: int) -> bool:
+        """Whether a role has its members, all of them at work, or has been given another size since."""
+        present = [member for member in self._state.members() if member.role == role]
+        is_over = self._state.num_workers()[role] != num_workers
+        is_whole = len(present) == num_workers and all(member.is_ready for member in present)
+        return is_over or (is_whole and self._state.tables.is_settled)
 
-    def _start_task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def _supervise_from_now(self, worker_id: str) -> None:
+        self._run_beside(worker_id, self._supervise(worker_id, role_of(worker_id)))
+
+    def _run_beside(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks[name] = asyncio.create_task(work, name=name)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import ray
 
 from cluster.config import MorayConfig
+from cluster.control.members import ELASTIC_ROLES, MemberState
 from cluster.controller import Controller
 from cluster.launcher import Launcher
 from cluster.logs import configure_logging
 from cluster.models import ModelSource
 from cluster.placement import ExpertShape
-from cluster.state import ClusterState, MemberState
+from cluster.state import ClusterState
 from cluster.topology.reader import make_topology_reader
 from model.config import ModelConfig
 from wire.errors import MorayError, NotReady
@@ -124,13 +125,7 @@ def make_state(spec: ControllerSpec, *, metrics_address: str) -> ClusterState:
         incarnation=int(time.time()),
         is_ready=True,
     )
-    groups = {
-        "expert": config.expert.replicas,
-        "prefill": config.prefill.replicas,
-        "decode": config.decode.replicas,
-        "both": config.both.replicas,
-        "router": config.router.replicas,
-    }
+    groups = {role: getattr(config, role).replicas for role in (*ELASTIC_ROLES, "router")}
     members = [
         MemberState(worker_id=f"{role}-{i}", role=role)
         for role, count in groups.items()

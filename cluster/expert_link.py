@@ -27,25 +27,23 @@ class ExpertLink:
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from error
 
-    async def load(self, order: LoadOrder, *, num_workers: dict[str, int]) -> None:
+    async def load(self, order: LoadOrder) -> None:
         """Returns when the worker holds what it was ordered to."""
         slots = [
             expert_pb2.SlotAssignment(layer_idx=s.layer_idx, slot_idx=s.slot_idx, expert_idx=s.expert_idx)
             for s in order.slots
         ]
-        request = expert_pb2.LoadSlotsRequest(
-            table_version=order.table_version, slots=slots, num_workers=num_workers
-        )
+        request = expert_pb2.LoadSlotsRequest(table_version=order.table_version, slots=slots)
         try:
             await self._stub.LoadSlots(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from error
 
-    async def beat(self, *, deadline_s: float) -> expert_pb2.BeatReport:
+    async def beat(self, scale: expert_pb2.Scale, *, deadline_s: float) -> expert_pb2.BeatReport:
         """The rows counted since the last beat; fails when no answer comes in time."""
         try:
             return await self._stub.Beat(
-                expert_pb2.BeatRequest(), metadata=self._metadata, timeout=deadline_s
+                expert_pb2.BeatRequest(scale=scale), metadata=self._metadata, timeout=deadline_s
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from error

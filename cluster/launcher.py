@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
+import ray.util
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import StartReport, StartSpec, actor_class, find_actor
@@ -18,6 +19,7 @@ from cluster.homes import Home, Needs, NodeCapacity, plan_home
 from cluster.topology.types import NodeTopology, RayNode, TopologyReader
 from wire.errors import MorayError, NotReady, WorkerLost
 
+_MEMBER_NAME = re.compile(r"(expert|prefill|decode|both|router)-[0-9]+")
 _NAME_S = 10.0
 _NAME_POLL_S = 0.05
 _KILL_S = 0.3
@@ -59,9 +61,10 @@ class Launcher:
         self._pids[worker_id] = (report.node_id, report.pid)
         return report, await self._topology_of(report.node_id)
 
-    def running(self, worker_ids: Iterable[str]) -> list[str]:
-        """Those whose actors run already, started by an earlier controller."""
-        return [worker_id for worker_id in worker_ids if self._find(worker_id) is not None]
+    def running(self) -> list[str]:
+        """Members whose actors run already, started by an earlier controller."""
+        names: list[str] = ray.util.list_named_actors()
+        return [name for name in sorted(names) if _MEMBER_NAME.fullmatch(name)]
 
     async def wait_lost(self, worker_id: str) -> None:
         """Returns when a worker stopped as it was told to.

@@ -6,6 +6,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from wire.errors import NotReady
+
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
@@ -49,6 +51,19 @@ def forget_local_cluster(cluster: LocalCluster) -> None:
     if load_local_cluster() == cluster:
         with contextlib.suppress(OSError):
             state_file().unlink()
+
+
+def controller_address(given: str | None) -> str:
+    """Where the controller is: the flag, or that of the cluster noted last.
+
+    Raises:
+        NotReady: neither.
+    """
+    noted = load_local_cluster()
+    address = given or (noted.controller_address if noted else "")
+    if not address:
+        raise NotReady(f"no cluster is noted in {state_file()}; give --controller HOST:PORT")
+    return address
 
 
 def router_address(given: str | None) -> str:

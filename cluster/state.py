@@ -5,43 +5,27 @@ controller that hears the same reports publishes the same table under a higher v
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from cluster.balance.live import plan_rebalance
+from cluster.balance.window import Loads
+from cluster.control.balancing import Placed
+from cluster.control.members import (
+    ATTENTION_ROLES,
+    MemberState,
+    Resize,
+    count_roles,
+    member_to_proto,
+    plan_resize,
+)
+from cluster.control.numbering import number_slots
 from cluster.control.recovery import recover_placement
 from cluster.control.tables import TableLife
-from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement
-from cluster.topology.types import NodeTopology
+from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement, slots_per_layer
 from router.experts.table import table_to_proto
+from wire.errors import NotReady
 from wire.proto import control_pb2
 from workers.expert.types import Slot
-
-ROLE_TO_PROTO = {
-    "router": control_pb2.ROLE_ROUTER,
-    "controller": control_pb2.ROLE_CONTROLLER,
-    "expert": control_pb2.ROLE_EXPERT,
-    "prefill": control_pb2.ROLE_PREFILL,
-    "decode": control_pb2.ROLE_DECODE,
-    "both": control_pb2.ROLE_BOTH,
-}
-ATTENTION_ROLES = ("prefill", "decode", "both")
-"""Those that use the routing table."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberState:
-    """One process of the cluster as the controller knows it."""
-
-    worker_id: str
-    role: str
-    address: str = ""
-    metrics_address: str = ""
-    node: NodeTopology | None = None
-    incarnation: int = 0
-    """Unix second in which its process started; 0 = not started yet."""
-    is_ready: bool = False
-    num_pages: int = 0
-    problem: str = ""
-    """Why it is not ready; "" while it simply starts."""
 
 
 class ClusterState:
@@ -63,6 +47,8 @@ class ClusterState:
         self._page_tokens = page_tokens
         self.tables = TableLife(shape)
         """Who holds which experts, and the routing tables."""
+        self._loads: Loads = {}
+        """Rows that experts had lately."""
         self._table_message: control_pb2.RoutingTable | None = None
         """The newest table as it travels: made once for every version."""
         self._snapshot_version = 0
@@ -77,14 +63,15 @@ class ClusterState:
 
     def on_started(self, member: MemberState) -> None:
         """A process runs and can be reached; it does no work yet."""
-        self._members[member.worker_id] = replace(member, is_ready=False)
+        was_leaving = self._members[member.worker_id].is_leaving
+        self._members[member.worker_id] = replace(member, is_ready=False, is_leaving=was_leaving)
         if member.role in ATTENTION_ROLES:
             self.tables.on_reader_started(member.worker_id)
 
     def on_described(self, worker_id: str, slots: Iterable[Slot], *, table_version: int) -> None:
         """An expert worker says what it holds, and for which table it loaded that."""
         self.tables.on_worker(worker_id, slots, table_version=table_version)
-        self._place()
+        self.place()
 
     def on_ready(self, worker_id: str) -> None:
         """A member can work: an expert worker holds what it should."""
@@ -109,7 +96,89 @@ class ClusterState:
 
     def is_prepared(self, worker_id: str) -> bool:
         """Whether an expert worker holds all that a placement gives it."""
-        return self.tables.placement is not None and self.tables.is_prepared(worker_id)
+        return worker_id in (self.tables.placement or {}) and self.tables.is_prepared(worker_id)
+
+    # ---- how many, and who holds what ----
+
+    @property
+    def num_experts(self) -> int:
+        """Logical experts of each layer."""
+        return self._shape.num_experts
+
+    def num_workers(self) -> dict[str, int]:
+        """Role -> members that are to stay, of the roles that can change."""
+        return count_roles(self._members.values())
+
+    def resize(self, role: str, num_workers: int) -> Resize:
+        """Changes how many members a role has; they come, or begin to leave.
+
+        Raises:
+            ConfigError: too few: for the experts' slots, or to serve at all.
+        """
+        plan = plan_resize(self.members(), role, num_workers)
+        if role == "expert":
+            slots_per_layer(self._shape.num_experts, num_workers, self._num_slots)
+        for worker_id in plan.new:
+            self._members[worker_id] = MemberState(worker_id=worker_id, role=role)
+        for worker_id in (*plan.staying, *plan.leaving):
+            is_leaving = worker_id in plan.leaving
+            self._members[worker_id] = replace(self._members[worker_id], is_leaving=is_leaving)
+        self.place()
+        return plan
+
+    def on_found_leaving(self, worker_id: str, role: str) -> None:
+        """A process runs that is none of the members: it was leaving when the controller before died."""
+        self._members[worker_id] = MemberState(worker_id=worker_id, role=role, is_leaving=True)
+
+    def on_gone(self, worker_id: str) -> None:
+        """A member that was leaving has left."""
+        self.on_lost(worker_id, problem="left")
+        del self._members[worker_id]
+
+    def on_loads(self, loads: Loads) -> None:
+        """How many rows experts had lately: what new placements are planned for."""
+        self._loads = loads
+
+    def place(self) -> None:
+        """Decides who should hold which experts, whenever those who can have changed.
+
+        The first time all expert workers must have said what they hold; later, those that start for the first
+        time are waited for together, and those that are lost keep their part.
+        """
+        experts = [m for m in self._members.values() if m.role == "expert" and not m.is_leaving]
+        held = self.tables.held()
+        placement = self.tables.placement
+        if placement is None:
+            if all(member.worker_id in held for member in experts):
+                hosts = [self._host(member.worker_id) for member in experts]
+                self.tables.set_placement(self._first_placement(hosts))
+            return
+        new = [m for m in experts if m.worker_id not in placement]
+        if any(m.worker_id not in held and not m.problem for m in new):
+            return
+        worker_ids = [m.worker_id for m in experts if m.worker_id in placement or m.worker_id in held]
+        if set(worker_ids) != set(placement):
+            hosts = [self._host(worker_id) for worker_id in worker_ids]
+            current = self.placed().placement
+            self.tables.set_placement(
+                plan_rebalance(self._shape, hosts, self._loads, num_slots=self._num_slots, previous=current)
+            )
+
+    def placed(self) -> Placed:
+        """What is placed where now.
+
+        Raises:
+            NotReady: nothing is placed yet.
+        """
+        placement = self.tables.placement
+        if placement is None:
+            raise NotReady(f"no expert is placed yet; waiting for {self.waiting_for()}")
+        return Placed(
+            shape=self._shape,
+            hosts=[self._host(worker_id) for worker_id in placement],
+            num_slots=self._num_slots,
+            placement={worker_id: number_slots({}, places) for worker_id, places in placement.items()},
+        )
 
     @property
     def table_version(self) -> int:
@@ -118,11 +187,12 @@ class ClusterState:
 
     def waiting_for(self) -> str:
         """What stands between now and a whole cluster; "" when nothing does."""
-        missing = [member for member in self._members.values() if not member.is_ready]
+        staying = [member for member in self._members.values() if not member.is_leaving]
+        missing = [member for member in staying if not member.is_ready]
         if not missing:
             return ""
         named = ", ".join(f"{m.worker_id} ({m.problem})" if m.problem else m.worker_id for m in missing[:4])
-        return f"{len(missing)} of {len(self._members)} members: {named}{', ...' if len(missing) > 4 else ''}"
+        return f"{len(missing)} of {len(staying)} members: {named}{', ...' if len(missing) > 4 else ''}"
 
     def snapshot(self, *, table_unix_s: float = 0.0) -> control_pb2.ClusterSnapshot:
         """The next snapshot; its version is one above the last.
@@ -134,7 +204,7 @@ class ClusterState:
         return control_pb2.ClusterSnapshot(
             version=self._snapshot_version,
             model=self._model,
-            members=[_member_to_proto(member) for member in self._members.values()],
+            members=[member_to_proto(member) for member in self._members.values()],
             table=self._newest_table(),
             waiting_for=self.waiting_for(),
             page_tokens=self._page_tokens,
@@ -150,39 +220,12 @@ class ClusterState:
             self._table_message = table_to_proto(table)
         return self._table_message
 
-    def _place(self) -> None:
-        """Decides who should hold which experts, when every expert worker has said what it holds."""
-        experts = [member for member in self._members.values() if member.role == "expert"]
-        held = self.tables.held()
-        if self.tables.placement is None and all(member.worker_id in held for member in experts):
-            self.tables.set_placement(self._first_placement([_host(member) for member in experts]))
+    def _host(self, worker_id: str) -> ExpertHost:
+        node = self._members[worker_id].node
+        return ExpertHost(worker_id=worker_id, failure_domain=node.failure_domain if node else ())
 
     def _first_placement(self, hosts: list[ExpertHost]) -> Placement:
         held = self.tables.held()
         if any(held.values()):
             return recover_placement(self._shape, hosts, held, num_slots=self._num_slots)
         return plan_placement(self._shape, hosts, num_slots=self._num_slots)
-
-
-def _host(member: MemberState) -> ExpertHost:
-    domain = member.node.failure_domain if member.node else ()
-    return ExpertHost(worker_id=member.worker_id, failure_domain=domain)
-
-
-def _member_to_proto(member: MemberState) -> control_pb2.Member:
-    message = control_pb2.Member(
-        worker_id=member.worker_id,
-        role=ROLE_TO_PROTO[member.role],
-        address=member.address,
-        metrics_address=member.metrics_address,
-        incarnation=member.incarnation,
-        is_ready=member.is_ready,
-        num_pages=member.num_pages,
-    )
-    if member.node is not None:
-        message.node.node_id = member.node.node_id
-        message.node.host = member.node.host
-        message.node.zone = member.node.zone
-        message.node.rack = member.node.rack
-        message.node.accelerator = member.node.accelerator
-    return message

@@ -29,8 +29,7 @@ def status(
         return
     console = Console()
     console.print(_table(snapshot))
-    table_version = snapshot.table.version if snapshot.HasField("table") else "none yet"
-    console.print(f"model {snapshot.model.name}, routing table {table_version}")
+    console.print(f"model {snapshot.model.name}, routing table {_table_line(snapshot)}")
     if snapshot.waiting_for:
         console.print(f"waiting for {snapshot.waiting_for}")
 
@@ -38,6 +37,20 @@ def status(
 async def _fetch(address: str) -> control_pb2.ClusterSnapshot:
     async with InferenceClient(address) as client:
         return await client.cluster()
+
+
+def _table_line(snapshot: control_pb2.ClusterSnapshot) -> str:
+    if not snapshot.HasField("table"):
+        return "none yet"
+    since = _time(int(snapshot.table_unix_s))
+    moving = f", {snapshot.num_loading} experts being loaded" if snapshot.num_loading else ""
+    return f"{snapshot.table.version} since {since}{moving}"
+
+
+def _state(member: control_pb2.Member) -> str:
+    if member.is_leaving:
+        return "leaving"
+    return "ready" if member.is_ready else "starting"
 
 
 def _time(unix_s: int) -> str:
@@ -49,7 +62,7 @@ def _table(snapshot: control_pb2.ClusterSnapshot) -> Table:
     for member in snapshot.members:
         table.add_row(
             member.worker_id,
-            "ready" if member.is_ready else "starting",
+            _state(member),
             member.address,
             member.metrics_address,
             member.node.host,

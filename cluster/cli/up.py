@@ -22,6 +22,7 @@ from cluster.client import GenerateOptions, shut_down
 from cluster.config import MorayConfig, load_config
 from cluster.local_state import (
     LocalCluster,
+    controller_address,
     forget_local_cluster,
     load_local_cluster,
     save_local_cluster,
@@ -77,9 +78,7 @@ def down(
 ) -> None:
     """Ends a cluster: running requests finish first (router.drain_s)."""
     noted = load_local_cluster()
-    address = controller or (noted.controller_address if noted else "")
-    if not address:
-        raise NotReady(f"no cluster is noted in {state_file()}; give --controller HOST:PORT")
+    address = controller_address(controller)
     with Console(stderr=True).status("stopping"):
         asyncio.run(shut_down(address, deadline_s=deadline_s))
         if noted and noted.controller_address == address:

@@ -74,6 +74,16 @@ class TableLife:
         return self._home
 
     @property
+    def shares(self) -> Shares:
+        """How the placement shares out the rows of experts with several copies."""
+        return self._shares
+
+    @property
+    def num_missing(self) -> int:
+        """Copies that workers which live should hold and do not yet."""
+        return sum(len(self._target(worker_id) - self._usable(worker_id)) for worker_id in self._held)
+
+    @property
     def is_settled(self) -> bool:
         """Every worker that lives holds all that it should, and the newest table says so."""
         return all(self.is_prepared(worker_id) for worker_id in self._held)

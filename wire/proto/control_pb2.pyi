@@ -306,6 +306,7 @@ class Member(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     IS_READY_FIELD_NUMBER: _builtins.int
     NUM_PAGES_FIELD_NUMBER: _builtins.int
+    IS_LEAVING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     role: Global___Role.ValueType
     address: _builtins.str
@@ -317,6 +318,8 @@ class Member(_message.Message):
     is_ready: _builtins.bool
     num_pages: _builtins.int
     """KV pages of an attention worker."""
+    is_leaving: _builtins.bool
+    """It goes when nothing needs it any more."""
     @_builtins.property
     def node(self) -> Global___NodeInfo: ...
     def __init__(
@@ -330,10 +333,11 @@ class Member(_message.Message):
         incarnation: _builtins.int = ...,
         is_ready: _builtins.bool = ...,
         num_pages: _builtins.int = ...,
+        is_leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "is_ready", b"is_ready", "metrics_address", b"metrics_address", "node", b"node", "num_pages", b"num_pages", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "is_leaving", b"is_leaving", "is_ready", b"is_ready", "metrics_address", b"metrics_address", "node", b"node", "num_pages", b"num_pages", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

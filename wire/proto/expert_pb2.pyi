@@ -34,15 +34,68 @@ class DescribeRequest(_message.Message):
 Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
-class BeatRequest(_message.Message):
+class Scale(_message.Message):
+    """How many workers the cluster is to have; expert workers keep it for a controller that starts again."""
+
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumWorkersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Grows by one with every change."""
+    @_builtins.property
+    def num_workers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By role."""
 
     def __init__(
         self,
+        *,
+        version: _builtins.int = ...,
+        num_workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_workers", b"num_workers", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scale: _TypeAlias = Scale  # noqa: Y015
+
+@_typing.final
+class BeatRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scale(self) -> Global___Scale: ...
+    def __init__(
+        self,
+        *,
+        scale: Global___Scale | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -83,7 +136,10 @@ class BeatReport(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
+    EXPERT_BYTES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
+    expert_bytes: _builtins.int
+    """Mean bytes of the weights of one expert; 0 = none held."""
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerRows]: ...
     def __init__(
@@ -91,10 +147,11 @@ class BeatReport(_message.Message):
         *,
         worker_id: _builtins.str = ...,
         rows: _abc.Iterable[Global___LayerRows] | None = ...,
+        expert_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_bytes", b"expert_bytes", "rows", b"rows", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -129,47 +186,21 @@ Global___SlotAssignment: _TypeAlias = SlotAssignment  # noqa: Y015
 class LoadSlotsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class NumWorkersEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
-    NUM_WORKERS_FIELD_NUMBER: _builtins.int
     table_version: _builtins.int
     """Routing table that these slots are prepared for."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotAssignment]: ...
-    @_builtins.property
-    def num_workers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Role -> workers that the cluster is to have; kept and reported, for a controller that starts again."""
-
     def __init__(
         self,
         *,
         table_version: _builtins.int = ...,
         slots: _abc.Iterable[Global___SlotAssignment] | None = ...,
-        num_workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_workers", b"num_workers", "slots", b"slots", "table_version", b"table_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots", "table_version", b"table_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,31 +210,11 @@ Global___LoadSlotsRequest: _TypeAlias = LoadSlotsRequest  # noqa: Y015
 class SlotReport(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class NumWorkersEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     WORKER_ID_FIELD_NUMBER: _builtins.int
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_WORKERS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     table_version: _builtins.int
     """Newest table that every slot of it was loaded for; 0 = none yet."""
@@ -211,8 +222,8 @@ class SlotReport(_message.Message):
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlotAssignment]: ...
     @_builtins.property
-    def num_workers(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """As the newest LoadSlots said."""
+    def scale(self) -> Global___Scale:
+        """As the newest beat said."""
 
     def __init__(
         self,
@@ -221,11 +232,11 @@ class SlotReport(_message.Message):
         table_version: _builtins.int = ...,
         slots: _abc.Iterable[Global___SlotAssignment] | None = ...,
         weight_bytes: _builtins.int = ...,
-        num_workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        scale: Global___Scale | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_workers", b"num_workers", "slots", b"slots", "table_version", b"table_version", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale", "slots", b"slots", "table_version", b"table_version", "weight_bytes", b"weight_bytes", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,8 +61,10 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         self._checkpoint = open_checkpoint(checkpoint_dir)
         self.metrics = Metrics("expert")
         self._store = SlotStore(self._load_experts, max_on_demand=settings.group.on_demand_experts)
-        self._num_workers: dict[str, int] = {}
-        """Role -> workers that the cluster is to have; the controller's, kept for it."""
+        self._expert_bytes = 0
+        """Mean of the experts held; written when slots are loaded."""
+        self._scale = expert_pb2.Scale()
+        """The controller's; kept for the next one."""
         self._service = ExpertService(
             self._store,
             self._packing.kernels,
@@ -111,7 +113,6 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         slots = [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in request.slots]
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._loading, self._prepare, slots, request.table_version)
-        self._num_workers = dict(request.num_workers)
         return self._report()
 
     @unary_errors
@@ -124,7 +125,8 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
     async def Beat(self, request: expert_pb2.BeatRequest, context: Context) -> expert_pb2.BeatReport:
         """Says that it lives, and what it has computed since the last beat."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
-        report = expert_pb2.BeatReport(worker_id=self._worker_id)
+        self._scale = request.scale
+        report = expert_pb2.BeatReport(worker_id=self._worker_id, expert_bytes=self._expert_bytes)
         for layer_idx, rows_E in self._service.load.drain().items():
             experts = rows_E.nonzero()[0]
             report.rows.add(layer_idx=layer_idx, expert_idx=experts, num_rows=rows_E[experts])
@@ -162,7 +164,9 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             raise InvalidRequest(str(error), field="slots") from error
         self._store.check_integrity()
         self.metrics.gauge("slots").set(len(slots))
-        self.metrics.gauge("weights_bytes").set(self._store.num_bytes())
+        num_bytes = self._store.num_bytes()
+        self._expert_bytes = num_bytes // max(1, len(slots))
+        self.metrics.gauge("weights_bytes").set(num_bytes)
         _log.info("%s holds %d slots for table %d", self._worker_id, len(slots), table_version)
 
     def _load_experts(self, wanted: Sequence[Place]) -> Iterable[tuple[Place, Mlp]]:
@@ -179,7 +183,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             table_version=self._store.table_version,
             slots=slots,
             weight_bytes=self._store.num_bytes(),
-            num_workers=self._num_workers,
+            scale=self._scale,
         )
 
 

@@ -9,9 +9,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from cluster.client import shut_down
-from cluster.control_server import ControlServer
-from wire.errors import InternalError, WorkerLost
+from cluster.client import rebalance, scale, shut_down
+from cluster.control_server import ControlServer, Rebalanced
+from wire.errors import ConfigError, InternalError, InvalidRequest, NotReady, WorkerLost
 from wire.metrics import Metrics
 from wire.proto import control_pb2, control_pb2_grpc
 from wire.rpc import CHANNEL_OPTIONS
@@ -43,11 +43,21 @@ class Controller:
         self.num_shutdowns = 0
         self.error = error
         self.reports: list[tuple[str, int]] = []
+        self.scaled: list[tuple[str, int]] = []
         self.server = ControlServer(self, metrics=self.metrics)
         self.address = ""
 
     async def on_report(self, member_id: str, table_version: int) -> None:
         self.reports.append((member_id, table_version))
+
+    async def scale(self, role: str, num_workers: int) -> int:
+        self.scaled.append((role, num_workers))
+        if num_workers == 0:
+            raise ConfigError(field=f"{role}.replicas", wanted="at least 1", given="0")
+        return 7
+
+    async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
+        return Rebalanced(table_version=seed, num_moved=int(force))
 
     async def shutdown(self) -> None:
         self.num_shutdowns += 1
@@ -220,6 +230,48 @@ def test_report_reaches_the_controller() -> None:
             stub = control_pb2_grpc.ControlStub(channel)
             await stub.Report(control_pb2.ReportRequest(member_id="decode-0", table_version=7))
             assert control.reports == [("decode-0", 7)]
+
+    run(test())
+
+
+def test_scale_reaches_the_controller_by_the_roles_name() -> None:
+    async def test() -> None:
+        async with controller() as control:
+            version = await scale(control.address, control_pb2.ROLE_EXPERT, 3, deadline_s=TEST_S)
+            assert (version, control.scaled) == (7, [("expert", 3)])
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("role", "num_workers", "error"),
+    [(control_pb2.ROLE_DECODE, 0, ConfigError), (control_pb2.ROLE_ROUTER, 2, InvalidRequest)],
+)
+def test_scale_that_cannot_be_says_why(role: Any, num_workers: int, error: type[Exception]) -> None:
+    async def test() -> None:
+        async with controller() as control:
+            with pytest.raises(error, match=r"wanted"):
+                await scale(control.address, role, num_workers, deadline_s=TEST_S)
+
+    run(test())
+
+
+def test_rebalance_reaches_the_controller() -> None:
+    async def test() -> None:
+        async with controller() as control:
+            request = control_pb2.RebalanceRequest(force=True, seed=5)
+            done = await rebalance(control.address, request, deadline_s=TEST_S)
+            assert (done.table_version, done.num_moved) == (5, 1)
+
+    run(test())
+
+
+def test_nobody_to_scale_is_an_error_that_says_where() -> None:
+    async def test() -> None:
+        async with controller() as control:
+            gone = control.address
+        with pytest.raises(NotReady, match=gone):
+            await scale(gone, control_pb2.ROLE_EXPERT, 3, deadline_s=TEST_S)
 
     run(test())
 

@@ -7,10 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cluster.control.members import ROLE_TO_PROTO, MemberState
 from cluster.placement import ExpertShape
-from cluster.state import ROLE_TO_PROTO, ClusterState, MemberState
+from cluster.state import ClusterState
 from cluster.topology.types import NodeTopology
 from router.experts.table import RoutingTable, table_from_proto, table_to_proto
+from wire.errors import ConfigError
 from wire.proto import control_pb2
 from workers.expert.types import Slot
 
@@ -281,6 +283,86 @@ def test_members_keep_the_order_of_the_config() -> None:
     bring_up(state, "router-0", "expert-1")
     assert [member.worker_id for member in state.members()] == names
     assert [member.worker_id for member in state.snapshot().members] == names
+
+
+def run_loads(state: ClusterState) -> None:
+    """Until nobody has anything to load or to free; nobody reads old tables."""
+    while orders := state.tables.plan_loads():
+        for order in orders:
+            state.tables.on_loaded(order)
+        state.tables.renew()
+
+
+def test_new_workers_get_a_share_once_all_that_start_have_spoken() -> None:
+    state = make_state("expert-0", "expert-1")
+    bring_up(state, "expert-0", "expert-1")
+    assert state.resize("expert", 4).new == ("expert-2", "expert-3")
+    assert state.waiting_for() == "2 of 4 members: expert-2, expert-3"
+    start(state, "expert-2")
+    assert not state.is_prepared("expert-2")
+    assert table_workers(state) == ["expert-0", "expert-1"]
+    start(state, "expert-3")
+    run_loads(state)
+    assert table_workers(state) == ["expert-0", "expert-1", "expert-2", "expert-3"]
+    assert {worker: len(slots) for worker, slots in state.tables.held().items()} == {
+        f"expert-{i}": 2 for i in range(4)
+    }
+
+
+def test_new_worker_that_finds_no_node_holds_nobody_up() -> None:
+    state = make_state("expert-0", "expert-1")
+    bring_up(state, "expert-0", "expert-1")
+    state.resize("expert", 4)
+    start(state, "expert-2")
+    state.on_lost("expert-3", problem="no node")
+    state.place()
+    run_loads(state)
+    assert table_workers(state) == ["expert-0", "expert-1", "expert-2"]
+    start(state, "expert-3")
+    run_loads(state)
+    assert table_workers(state)[-1] == "expert-3"
+
+
+def test_worker_leaves_when_no_table_in_use_names_it() -> None:
+    state = make_state("expert-0", "expert-1", "decode-0")
+    bring_up(state, "expert-0", "expert-1", "decode-0")
+    state.on_report("decode-0", state.table_version)
+    assert state.resize("expert", 1).leaving == ("expert-1",)
+    run_loads(state)
+    assert table_workers(state) == ["expert-0"]
+    assert not state.tables.is_empty("expert-1")
+    state.on_report("decode-0", state.table_version)
+    run_loads(state)
+    assert state.tables.is_empty("expert-1")
+    state.on_gone("expert-1")
+    assert [member.worker_id for member in state.members()] == ["expert-0", "decode-0"]
+    assert state.waiting_for() == ""
+
+
+def test_leaving_worker_that_is_lost_is_not_waited_for() -> None:
+    state = make_state("expert-0", "expert-1")
+    bring_up(state, "expert-0", "expert-1")
+    state.resize("expert", 1)
+    lose(state, "expert-1")
+    run_loads(state)
+    assert table_workers(state) == ["expert-0"]
+    assert state.waiting_for() == ""
+    assert state.tables.is_empty("expert-1")
+
+
+def test_too_few_slots_for_fewer_workers_are_refused_and_nobody_leaves() -> None:
+    state = make_state("expert-0", "expert-1", num_slots=2)
+    bring_up(state, "expert-0", "expert-1")
+    with pytest.raises(ConfigError, match=r"expert\.num_slots"):
+        state.resize("expert", 1)
+    assert state.num_workers()["expert"] == 2
+
+
+def test_process_that_was_leaving_is_found_again() -> None:
+    state = make_state("expert-0")
+    state.on_found_leaving("expert-1", "expert")
+    assert state.num_workers()["expert"] == 1
+    assert state.waiting_for() == "1 of 1 members: expert-0"
 
 
 EXPERTS = ("expert-0", "expert-1", "expert-2")
