@@ -167,8 +167,8 @@ def free_port() -> int:
         return port
 
 
-def start_ray_head(shell: Shell, *, zone: str = "") -> RayHead:
-    """A Ray head on free ports, with a folder of its own: Ray's socket paths must be short."""
+def start_ray_head(shell: Shell, *, zone: str = "", host: str = "127.0.0.1") -> RayHead:
+    """A Ray head on free ports of an address, with a folder of its own: Ray's socket paths must be short."""
     gcs_port, dashboard_port, agent_port = free_port(), free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     command = [
@@ -176,7 +176,7 @@ def start_ray_head(shell: Shell, *, zone: str = "") -> RayHead:
         "start",
         "--head",
         "--block",
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={host}",
         f"--port={gcs_port}",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard_port}",
@@ -195,19 +195,22 @@ def start_ray_head(shell: Shell, *, zone: str = "") -> RayHead:
         text=True,
         start_new_session=True,
     )
-    head = RayHead(shell, process, f"127.0.0.1:{gcs_port}", f"http://127.0.0.1:{dashboard_port}")
+    head = RayHead(shell, process, f"{host}:{gcs_port}", f"http://127.0.0.1:{dashboard_port}")
     wait_until(lambda: answers(f"{head.dashboard}/api/version"), what="Ray's dashboard")
     return head
 
 
-def start_ray_node(head: RayHead, *, zone: str) -> "subprocess.Popen[str]":
-    """One more Ray node on this machine, with a zone label."""
+def start_ray_node(
+    head: RayHead, *, zone: str, host: str = "127.0.0.1", namespace: str = ""
+) -> "subprocess.Popen[str]":
+    """One more Ray node on this machine, with a zone label; in a network namespace if one is named."""
     command = [
+        *(["ip", "netns", "exec", namespace] if namespace else []),
         str(BIN / "ray"),
         "start",
         "--block",
         f"--address={head.gcs_address}",
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={host}",
         f"--dashboard-agent-listen-port={free_port()}",
         "--num-cpus=2",
         "--object-store-memory=100000000",
@@ -221,6 +224,13 @@ def start_ray_node(head: RayHead, *, zone: str) -> "subprocess.Popen[str]":
         text=True,
         start_new_session=True,
     )
+
+
+def num_live_nodes(head: RayHead) -> int:
+    """Nodes of a Ray cluster that its head holds for alive."""
+    with urllib.request.urlopen(f"{head.dashboard}/api/v0/nodes", timeout=10) as response:
+        nodes = json.load(response)["data"]["result"]["result"]
+    return sum(node["state"] == "ALIVE" for node in nodes)
 
 
 def answers(url: str) -> bool:
