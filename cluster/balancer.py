@@ -85,7 +85,7 @@ class Balancer:
         async with self._moving:
             placed = self._state.placed()
             proposal = await asyncio.to_thread(propose, placed, loads, self._terms())
-            self._metrics.gauge("load_balance").set(proposal.balance)
+            self._metrics.gauge("load_balance_ratio").set(proposal.balance)
             reason = "forced" if force else proposal.decision.reason
             self._metrics.counter("replans_total", result=reason).inc()
             if not force and not proposal.decision.is_worth:

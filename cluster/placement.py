@@ -7,7 +7,6 @@ Worked example: 4 experts, 2 workers of 3 slots, layer 0. Worker 0 gets experts 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from router.experts.table import Replica, RoutingTable, build_table
 from wire.errors import ConfigError
 from workers.expert.types import Slot
 
@@ -99,31 +98,3 @@ def _closeness(host: ExpertHost, homes: Sequence[ExpertHost]) -> int:
 def _shared_depth(ours: tuple[str, ...], theirs: tuple[str, ...]) -> int:
     same = [a == b for a, b in zip(ours, theirs, strict=True)]
     return same.index(False) if False in same else len(same)
-
-
-def table_of(
-    placement: Placement, shape: ExpertShape, *, version: int, live: Sequence[str]
-) -> RoutingTable | None:
-    """The routing table over the live workers of a placement; None while an expert has no live replica.
-
-    Args:
-        placement: slots of every worker.
-        shape: what must be covered.
-        version: of the new table.
-        live: workers that have loaded their slots.
-    """
-    workers = [worker_id for worker_id in placement if worker_id in live]
-    homes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for worker_idx, worker_id in enumerate(workers):
-        for slot in placement[worker_id]:
-            homes.setdefault((slot.layer_idx, slot.expert_idx), []).append((worker_idx, slot.slot_idx))
-    if len(homes) < len(shape.layer_ids) * shape.num_experts:
-        return None
-    layers: dict[int, list[Replica]] = {layer_idx: [] for layer_idx in shape.layer_ids}
-    for (layer_idx, expert_idx), copies in sorted(homes.items()):
-        for worker_idx, slot_idx in copies:
-            replica = Replica(
-                expert_idx=expert_idx, worker_idx=worker_idx, slot_idx=slot_idx, share=1 / len(copies)
-            )
-            layers[layer_idx].append(replica)
-    return build_table(version=version, num_experts=shape.num_experts, worker_ids=workers, layers=layers)

@@ -128,7 +128,13 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_expert_slots", Kind.GAUGE, "Expert slots that hold weights."),
     MetricSpec("moray_expert_weights_bytes", Kind.GAUGE, "Bytes of expert weights held."),
     MetricSpec(
-        "moray_expert_load_max_over_mean", Kind.GAUGE, "Busiest expert over the mean, rows since start."
+        "moray_expert_load_balance_ratio", Kind.GAUGE, "Mean over most rows of an expert held, lately."
+    ),
+    MetricSpec(
+        "moray_expert_load_gini_ratio", Kind.GAUGE, "Of the experts' rows, lately: 0 even, 1 all in one."
+    ),
+    MetricSpec(
+        "moray_expert_top_expert_rows", Kind.GAUGE, "Rows of the busiest experts held, lately.", ("rank",)
     ),
     MetricSpec("moray_controller_members", Kind.GAUGE, "Workers, by role and state.", ("role", "state")),
     MetricSpec("moray_controller_table_version", Kind.GAUGE, "Routing table published."),
@@ -140,7 +146,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_controller_moves_total", Kind.COUNTER, "Copies of experts moved to balance load."),
     MetricSpec("moray_controller_moved_bytes_total", Kind.COUNTER, "Weights loaded to balance load."),
     MetricSpec("moray_controller_replans_total", Kind.COUNTER, "Placements planned anew.", ("result",)),
-    MetricSpec("moray_controller_load_balance", Kind.GAUGE, "Mean over most load of a worker, lately."),
+    MetricSpec("moray_controller_load_balance_ratio", Kind.GAUGE, "Mean over most load of a worker, lately."),
     MetricSpec("moray_controller_watchers", Kind.GAUGE, "Open table streams."),
 )
 

@@ -1,13 +1,16 @@
-"""Load counters: rows per layer and expert since somebody last asked, and how even they are."""
+"""Load counters: rows per layer and expert since somebody last asked, and how even they were of late."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from workers.expert.types import Place
+
 Ints = npt.NDArray[np.int64]
+_FADED_ROWS = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,33 @@ class LoadCounters:
         return rows
 
 
-def summarise(rows_E: Sequence[int] | Ints, *, num_top: int) -> LoadSummary:
+class RecentLoad:
+    """Rows of late by place: older ones fade. One thread uses it.
+
+    Worked example, half-life 10 s: 8 rows at 0 s and 1 row at 10 s are 8 / 2 + 1 = 5 rows at 10 s.
+    """
+
+    def __init__(self, *, half_life_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._as_of_s = 0.0
+        self._rows: dict[Place, float] = {}
+
+    def fold(self, rows_by_layer: Mapping[int, Ints], *, now_s: float) -> None:
+        """Counts more rows, at a time on the clock of the calls before."""
+        part = 0.5 ** (max(0.0, now_s - self._as_of_s) / self._half_life_s)
+        self._as_of_s = now_s
+        self._rows = {place: rows * part for place, rows in self._rows.items() if rows * part > _FADED_ROWS}
+        for layer_idx, rows_E in rows_by_layer.items():
+            for expert_idx in np.flatnonzero(rows_E).tolist():
+                place = (layer_idx, expert_idx)
+                self._rows[place] = self._rows.get(place, 0.0) + int(rows_E[expert_idx])
+
+    def rows_of(self, places: Iterable[Place]) -> list[float]:
+        """The rows of these places."""
+        return [self._rows.get(place, 0.0) for place in places]
+
+
+def summarise(rows_E: Sequence[float] | Ints, *, num_top: int) -> LoadSummary:
     """How even the rows of experts are.
 
     Worked example: rows 6, 2, 0, 0 have mean 2, so balance 2 / 6, and a Gini coefficient of 0.625.

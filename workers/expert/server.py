@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unar
 from workers.checkpoint import open_checkpoint
 from workers.config import ComputeConfig, ExpertConfig
 from workers.expert.call_queue import CallQueue
+from workers.expert.load import Ints, RecentLoad, summarise
 from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
@@ -30,6 +32,11 @@ from workers.packing import make_packing
 from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
+
+_LOAD_HALF_LIFE_S = 30.0
+"""Of the rows behind the load metrics."""
+_NUM_TOP = 8
+"""Busiest experts that metrics show, by rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         self._checkpoint = open_checkpoint(checkpoint_dir)
         self.metrics = Metrics("expert")
         self._store = SlotStore(self._load_experts, max_on_demand=settings.group.on_demand_experts)
+        self._recent_load = RecentLoad(half_life_s=_LOAD_HALF_LIFE_S)
         self._expert_bytes = 0
         """Mean of the experts held; written when slots are loaded."""
         self._scale = expert_pb2.Scale()
@@ -126,11 +134,22 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         """Says that it lives, and what it has computed since the last beat."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         self._scale = request.scale
+        rows_by_layer = self._service.load.drain()
+        self._export_load(rows_by_layer)
         report = expert_pb2.BeatReport(worker_id=self._worker_id, expert_bytes=self._expert_bytes)
-        for layer_idx, rows_E in self._service.load.drain().items():
+        for layer_idx, rows_E in rows_by_layer.items():
             experts = rows_E.nonzero()[0]
             report.rows.add(layer_idx=layer_idx, expert_idx=experts, num_rows=rows_E[experts])
         return report
+
+    def _export_load(self, rows_by_layer: Mapping[int, Ints]) -> None:
+        self._recent_load.fold(rows_by_layer, now_s=time.monotonic())
+        rows = self._recent_load.rows_of({slot.place for slot in self._store.slots()})
+        summary = summarise(rows, num_top=_NUM_TOP)
+        self.metrics.gauge("load_balance_ratio").set(summary.balance)
+        self.metrics.gauge("load_gini_ratio").set(summary.gini)
+        for rank, num_rows in enumerate(summary.top_rows, start=1):
+            self.metrics.gauge("top_expert_rows", rank=str(rank)).set(num_rows)
 
     @stream_errors
     async def _forward(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:

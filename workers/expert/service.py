@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,9 +52,6 @@ class ExpertService:
         self._device = device
         self.load = LoadCounters()
         """Rows since the controller's last heartbeat."""
-        self._rows_by_expert: Counter[tuple[int, int]] = Counter()
-        self._num_rows = 0
-        self._most_rows = 0
 
     def answer(self, frame: Frame) -> Frame:
         """The PARTIAL frame of a FORWARD frame, or an ERROR frame that names what is wrong with it."""
@@ -153,14 +149,7 @@ class ExpertService:
 
     def _count(self, layer_idx: int, expert_idx_A: Array) -> None:
         self.load.count(layer_idx, expert_idx_A)
-        experts, counts = np.unique(expert_idx_A, return_counts=True)
-        for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-            self._rows_by_expert[layer_idx, expert] += count
-            self._most_rows = max(self._most_rows, self._rows_by_expert[layer_idx, expert])
-        self._num_rows += int(expert_idx_A.size)
         self._metrics.counter("rows_total").inc(int(expert_idx_A.size))
-        num_held = max(1, len(self._store.slots()))
-        self._metrics.gauge("load_max_over_mean").set(self._most_rows * num_held / max(1, self._num_rows))
 
 
 def _unexpected(layer_idx: int, error: Exception) -> InternalError:

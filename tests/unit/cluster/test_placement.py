@@ -14,7 +14,6 @@ from cluster.placement import (
     Slot,
     plan_placement,
     slots_per_layer,
-    table_of,
 )
 from router.experts.table import RoutingTable
 from wire.errors import ConfigError
@@ -179,80 +178,3 @@ def test_too_few_slots_name_the_field() -> None:
 @pytest.mark.parametrize(("num_slots", "slots"), [(0, 4), (4, 4), (9, 9)])
 def test_slots_are_those_asked_for_or_just_enough(num_slots: int, slots: int) -> None:
     assert slots_per_layer(7, 2, num_slots) == slots
-
-
-def test_table_names_the_live_workers_only() -> None:
-    placement = plan_placement(SHAPE, hosts_in("a/r/1", "b/r/2"), num_slots=4)
-    table = table_of(placement, SHAPE, version=5, live=["expert-1"])
-    assert table is not None
-    assert (table.version, table.num_experts, table.worker_ids) == (5, 4, ("expert-1",))
-
-
-def test_table_gives_the_slot_that_holds_the_expert() -> None:
-    placement = plan_placement(SHAPE, hosts_in("a/r/1", "b/r/2"), num_slots=3)
-    table = table_of(placement, SHAPE, version=1, live=list(placement))
-    assert table is not None
-    found = {(table.worker_ids[r.worker_idx], r.slot_idx): r.expert_idx for r in table.routes(0).replicas}
-    assert found == {(w, s.slot_idx): s.expert_idx for w, slots in placement.items() for s in slots}
-
-
-@pytest.mark.parametrize("live", [[], ["expert-0"], ["expert-1"], ["expert-9"]])
-def test_no_table_while_an_expert_has_no_live_replica(live: list[str]) -> None:
-    placement = plan_placement(SHAPE, hosts_in("a/r/1", "b/r/2"))
-    assert table_of(placement, SHAPE, version=1, live=live) is None
-
-
-def test_no_table_while_one_layer_is_not_covered() -> None:
-    shape = ExpertShape(num_experts=1, layer_ids=(0, 1))
-    placement = {"expert-0": (Slot(0, 0, 0),), "expert-1": (Slot(0, 0, 0), Slot(1, 0, 0))}
-    assert table_of(placement, shape, version=1, live=["expert-0"]) is None
-    assert table_of(placement, shape, version=1, live=["expert-1"]) is not None
-
-
-def test_replicas_share_the_rows_and_survivors_take_all() -> None:
-    placement = plan_placement(SHAPE, hosts_in("a/r/1", "b/r/2"), num_slots=4)
-    both = table_of(placement, SHAPE, version=1, live=["expert-0", "expert-1"])
-    one = table_of(placement, SHAPE, version=2, live=["expert-0"])
-    assert both is not None
-    assert one is not None
-    assert workers_of(both, 0, 3) == {"expert-0": 0.5, "expert-1": 0.5}
-    assert workers_of(one, 0, 3) == {"expert-0": 1.0}
-
-
-@given(problems(), st.data())
-def test_table_covers_every_expert_or_is_none(
-    problem: tuple[ExpertShape, list[ExpertHost], int], data: st.DataObject
-) -> None:
-    shape, hosts, num_slots = problem
-    placement = plan_placement(shape, hosts, num_slots=num_slots)
-    live = data.draw(st.lists(st.sampled_from(list(placement)), unique=True))
-    table = table_of(placement, shape, version=1, live=live)
-    is_covered = all(
-        set(homes_of(placement, layer, expert)) & set(live)
-        for layer in shape.layer_ids
-        for expert in range(shape.num_experts)
-    )
-    assert (table is not None) == is_covered
-    if table is not None:
-        assert set(table.worker_ids) == set(live)
-        layer, expert = shape.layer_ids[-1], shape.num_experts - 1
-        shares = workers_of(table, layer, expert)
-        assert set(shares) == set(homes_of(placement, layer, expert)) & set(live)
-        assert sum(shares.values()) == pytest.approx(1.0)
-
-
-@given(problems(), st.integers(1, 1_000))
-def test_order_of_the_live_workers_changes_nothing(
-    problem: tuple[ExpertShape, list[ExpertHost], int], version: int
-) -> None:
-    shape, hosts, num_slots = problem
-    placement = plan_placement(shape, hosts, num_slots=num_slots)
-    forward, backward = (
-        table_of(placement, shape, version=version, live=live)
-        for live in (list(placement), list(placement)[::-1])
-    )
-    assert forward is not None
-    assert backward is not None
-    assert forward.worker_ids == backward.worker_ids
-    pairs = [(forward.routes(i).replicas, backward.routes(i).replicas) for i in shape.layer_ids]
-    assert all(ours == theirs for ours, theirs in pairs)

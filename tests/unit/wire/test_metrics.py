@@ -8,8 +8,8 @@ from prometheus_client import generate_latest
 from wire.metrics import METRICS, Kind, Metrics
 
 ROLES = ("router", "attention", "expert", "controller")
-LABELS = ("code", "role", "state", "phase", "direction", "reason", "result")
-UNITLESS_GAUGES = ("members", "requests", "pages", "version", "slots", "watchers", "mean")
+LABELS = ("code", "role", "state", "phase", "direction", "reason", "result", "rank")
+UNITLESS_GAUGES = ("members", "requests", "pages", "version", "slots", "watchers", "ratio")
 
 
 @pytest.mark.parametrize("spec", METRICS, ids=lambda spec: spec.name)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.balance.live import domains_of, keep_slots, plan_rebalance, plan_rebalance_shares
-from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement, slots_per_layer, table_of
+from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement, slots_per_layer
 from wire.errors import ConfigError
 from workers.expert.types import Slot
 
@@ -40,7 +40,8 @@ def check_placement(shape: ExpertShape, placement: Placement, *, num_slots: int)
         assert len({(slot.layer_idx, slot.expert_idx) for slot in slots}) == len(slots)
         assert all(0 <= slot.slot_idx < num_slots for slot in slots)
         assert list(slots) == sorted(slots)
-    assert table_of(placement, shape, version=1, live=list(placement)) is not None
+    held = {slot.place for slots in placement.values() for slot in slots}
+    assert held == {(layer, expert) for layer in shape.layer_ids for expert in range(shape.num_experts)}
 
 
 NAMES = st.lists(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.expert.load import LoadCounters, summarise
+from workers.expert.load import LoadCounters, RecentLoad, summarise
 
 
 def test_rows_are_counted_by_layer_and_expert_until_drained() -> None:
@@ -56,3 +56,17 @@ def test_gini_is_the_mean_difference_of_all_pairs(rows: list[int]) -> None:
         return
     pairs = sum(abs(a - b) for a in rows for b in rows)
     assert summarise(rows, num_top=1).gini == pytest.approx(pairs / (2 * len(rows) * total))
+
+
+def test_worked_example_of_fading_rows() -> None:
+    recent = RecentLoad(half_life_s=10.0)
+    recent.fold({1: np.array([0, 8])}, now_s=0.0)
+    recent.fold({1: np.array([0, 1])}, now_s=10.0)
+    assert recent.rows_of([(1, 1), (1, 0), (2, 1)]) == [5.0, 0.0, 0.0]
+
+
+def test_rows_that_have_faded_away_are_forgotten() -> None:
+    recent = RecentLoad(half_life_s=1.0)
+    recent.fold({1: np.array([8])}, now_s=0.0)
+    recent.fold({}, now_s=100.0)
+    assert recent.rows_of([(1, 0)]) == [0.0]

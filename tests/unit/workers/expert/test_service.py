@@ -210,10 +210,9 @@ def test_rows_of_fewer_bits_get_the_sums_of_what_they_say(lab: Lab, form: RowFor
 
 
 def test_calls_rows_and_load_are_counted(lab: Lab) -> None:
-    """Expert 0 has 6 of 8 rows, four slots are held: 6 * 4 / 8 = 3 times the mean."""
     lab.answer(forward(num_pairs=6, experts=(0,)))
     lab.answer(forward(num_pairs=2, experts=(3,)))
     assert lab.metric("calls_total", result="ok") == 2
     assert lab.metric("rows_total") == 8
-    assert lab.metric("load_max_over_mean") == 3.0
+    assert {layer: rows.tolist() for layer, rows in lab.service.load.drain().items()} == {LAYER: [6, 0, 0, 2]}
     assert lab.metric("forward_seconds_count") == 2
