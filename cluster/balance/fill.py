@@ -40,7 +40,7 @@ def fill_slots(loads_LE: Floats, plan_LWX: Ints, count_LE: Ints, fleet: Fleet) -
         experts = expert_L[layers]
         cost_RW = load_LW[layers]
         if (count_LE[layers, experts] > 1).any():
-            cost_RW = cost_RW + _handicaps(plan_LWX[layers], experts, fleet)[:, open_W]
+            cost_RW = cost_RW + _handicaps(plan_LWX[layers], experts, open_W, fleet)
         places = cost_RW.argmin(axis=1)
         workers = open_W[places]
         slots = (plan_LWX[layers, workers] == EMPTY).argmax(axis=1)
@@ -52,14 +52,15 @@ def fill_slots(loads_LE: Floats, plan_LWX: Ints, count_LE: Ints, fleet: Fleet) -
     return part_twins(replica_LE, plan_LWX) if is_scarce else plan_LWX
 
 
-def _handicaps(plan_RWX: Ints, expert_R: Ints, fleet: Fleet) -> Floats:
-    """(R, W) what speaks against each worker as the next home of an expert, 0 for nothing."""
-    has_RW = (plan_RWX == expert_R[:, None, None]).any(axis=2)
-    rows, workers = np.nonzero(has_RW)
-    num_domains = fleet.num_domains
-    keys = rows * num_domains + fleet.domain_W[workers]
-    near_RZ = np.bincount(keys, minlength=len(plan_RWX) * num_domains).reshape(-1, num_domains)
-    handicap_RW: Floats = TWICE * has_RW + (SAME_DOMAIN * near_RZ)[:, fleet.domain_W]
+def _handicaps(plan_RWX: Ints, expert_R: Ints, open_W: Ints, fleet: Fleet) -> Floats:
+    """(R, W) what speaks against each open worker as the next home of an expert, 0 for nothing."""
+    is_copy_RWX = plan_RWX == expert_R[:, None, None]
+    rows, workers, _ = np.nonzero(is_copy_RWX)
+    keys = rows * fleet.num_domains + fleet.domain_W[workers]
+    near = np.bincount(keys, minlength=len(plan_RWX) * fleet.num_domains).reshape(len(plan_RWX), -1)
+    handicap_RW: Floats = (near * SAME_DOMAIN)[:, fleet.domain_W[open_W]].astype(np.float64, copy=False)
+    if fleet.num_slots > 1:  # with one slot an open worker holds nothing
+        handicap_RW += TWICE * is_copy_RWX[:, open_W].any(axis=2)
     return handicap_RW
 
 

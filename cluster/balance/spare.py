@@ -28,12 +28,14 @@ def make_room(loads_LE: Floats, plan_LWX: Ints, need_LE: Ints) -> tuple[Ints, In
     kept_LE = had_LE.copy()
     num_empty_L = (plan_LWX == EMPTY).sum(axis=(1, 2))
     num_leaving_L = np.maximum(need_LE - had_LE, 0).sum(axis=1) - num_empty_L
-    layers = np.arange(len(had_LE))
+    after_LE = np.where(kept_LE > need_LE, loads_LE / np.maximum(kept_LE - 1, 1), np.inf)
     for step in range(int(num_leaving_L.max(initial=0))):
-        is_spare_LE = (kept_LE > need_LE) & (num_leaving_L > step)[:, None]
-        after_LE = np.where(is_spare_LE, loads_LE / np.maximum(kept_LE - 1, 1), np.inf)
-        expert_L = after_LE.argmin(axis=1)
-        kept_LE[layers, expert_L] -= is_spare_LE[layers, expert_L]
+        layers = np.flatnonzero(num_leaving_L > step)
+        expert_L = after_LE.argmin(axis=1)[layers]
+        left_L = kept_LE[layers, expert_L] - 1
+        kept_LE[layers, expert_L] = left_L
+        after_L = loads_LE[layers, expert_L] / np.maximum(left_L - 1, 1)
+        after_LE[layers, expert_L] = np.where(left_L > need_LE[layers, expert_L], after_L, np.inf)
     room_LWX = drop_copies(plan_LWX, had_LE - kept_LE, worker_loads(loads_LE, plan_LWX))
     return room_LWX, np.maximum(kept_LE, need_LE)
 
