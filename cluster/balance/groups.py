@@ -2,7 +2,7 @@
 
 Worked example: four groups with loads 5, 4, 2, 1 on two nodes of two: 5 goes to node 0, 4 to node 1, 2 to
 node 1 (4 is less than 5), 1 to node 0: both carry 6. With loads 5, 4, 1, 2 next, they carry 7 and 5;
-exchanging 2 for 1 mends it.
+exchanging 5 for 4 mends it.
 
 Letters: L layers, G groups of experts, N nodes, E logical experts, W workers, X slots of one worker in one
 layer.
