@@ -17,7 +17,8 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,15 @@ _CRC = struct.Struct("<I")
 _CRC_AT = struct.calcsize("<4sBBHQQiI")
 _MAGIC = b"MRY2"
 _MAX_DIMS = 4
+_NUM_SHAPES = 1024
+"""Descriptors kept, made and read: calls repeat those of their batch size."""
 _DTYPES = ("float32", "float64", "int32", "int64", "uint8", "uint16")
-_DTYPE_CODES = {name: code for code, name in enumerate(_DTYPES)}
 _NUMPY_DTYPES = tuple(np.dtype(name).newbyteorder("<") for name in _DTYPES)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_NUMPY_DTYPES)}
+_NO_DIMS = (0,) * _MAX_DIMS
+_PADDINGS = tuple(bytes(-num_bytes % 8) for num_bytes in range(8))
+_FLAG_BODY_NOT_SUMMED = 128
+"""Set and read here: the frame was to stay in the memory of one host."""
 
 FLAG_LOAD_MISSING = 1
 """FORWARD: the worker may load experts that are in none of its slots."""
@@ -82,31 +89,38 @@ class Frame:
     """In an answer: rows that waited at the worker when it was sent."""
 
 
-def frame_parts(frame: Frame) -> list[Part]:
+def frame_parts(frame: Frame, *, call_id: int | None = None, is_summed: bool = True) -> list[Part]:
     """The bytes of a frame as parts to be joined; its arrays are among them, not copied.
+
+    Args:
+        frame: what is sent.
+        call_id: instead of the frame's own.
+        is_summed: whether the checksum covers the body, too, and not only what stands before it.
 
     Raises:
         FrameInvalid: a tensor has a dtype or a rank that frames do not carry.
     """
-    arrays = [np.ascontiguousarray(array) for array in frame.tensors]
-    # `ascontiguousarray` makes a scalar an array of one: the descriptors are of what came in.
-    prefix = b"".join([_describe(array) for array in frame.tensors]) + frame.meta
+    prefix = b"".join([_describe(array.dtype, array.shape) for array in frame.tensors]) + frame.meta
     header = _HEADER.pack(
-        _MAGIC, frame.kind, frame.flags, len(arrays), frame.call_id, frame.table_version, frame.layer_idx,
-        len(frame.meta), 0, frame.queue_rows,
+        _MAGIC, frame.kind, frame.flags if is_summed else frame.flags | _FLAG_BODY_NOT_SUMMED,
+        len(frame.tensors), frame.call_id if call_id is None else call_id, frame.table_version,
+        frame.layer_idx, len(frame.meta), 0, frame.queue_rows,
     )  # fmt: skip
     prefix += bytes(-(len(header) + len(prefix)) % 8)
     crc = zlib.crc32(prefix, zlib.crc32(header))
-    body: list[Part] = []
-    for array in arrays:
-        data = array.reshape(-1).view(np.uint8).data
-        crc = add_checksum(data, crc)
-        body.append(data)
-        if len(data) % 8:
-            padding = bytes(-len(data) % 8)
-            crc = zlib.crc32(padding, crc)
-            body.append(padding)
-    return [header[:_CRC_AT] + _CRC.pack(crc) + header[_CRC_AT + _CRC.size :] + prefix, *body]
+    parts: list[Part] = [b""]
+    for array in frame.tensors:
+        if not array.nbytes:
+            continue
+        data = (array if array.flags.c_contiguous else np.ascontiguousarray(array)).data.cast("B")
+        parts.append(data)
+        padding = _PADDINGS[len(data) % 8]
+        if padding:
+            parts.append(padding)
+        if is_summed:
+            crc = zlib.crc32(padding, add_checksum(data, crc))
+    parts[0] = header[:_CRC_AT] + _CRC.pack(crc) + header[_CRC_AT + _CRC.size :] + prefix
+    return parts
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -135,66 +149,82 @@ def decode_frame(data: Buffer) -> Frame:
             raise FrameInvalid(
                 f"not a Moray frame: {len(data)} bytes starting with {magic!r}", field="layout"
             )
-        shapes = [
-            _read_descriptor(_TENSOR.unpack_from(data, offset))
-            for offset in range(_HEADER.size, descriptors_end, _TENSOR.size)
-        ]
-        view = memoryview(data)
-        before = zlib.crc32(bytes(_CRC.size), zlib.crc32(view[:_CRC_AT]))
-        before = zlib.crc32(view[_CRC_AT + _CRC.size : body_begin], before)
-        tensors = _read_tensors(view[body_begin:], shapes, before=before, wanted=crc)
+        prefix = bytes(data[:body_begin])
+        found = zlib.crc32(prefix[:_CRC_AT] + bytes(_CRC.size) + prefix[_CRC_AT + _CRC.size :])
+        tensors, body_end = _read_tensors(data, prefix[_HEADER.size : descriptors_end], begin=body_begin)
+        if body_end != len(data):
+            raise FrameInvalid(
+                f"frame has {len(data) - body_end} bytes that no tensor describes", field="layout"
+            )
+        if not flags & _FLAG_BODY_NOT_SUMMED:
+            found = _sum_body(memoryview(data)[body_begin:], tensors, found)
+        if found != crc:
+            raise FrameInvalid(
+                f"frame of {len(data)} bytes: checksum does not match, bytes were damaged on the way",
+                field="checksum",
+            )
         return Frame(
             kind=FrameKind(kind),
             tensors=tensors,
             call_id=call_id,
             table_version=version,
             layer_idx=layer_idx,
-            meta=bytes(view[descriptors_end:prefix_end]),
-            flags=flags,
+            meta=prefix[descriptors_end:prefix_end],
+            flags=flags & ~_FLAG_BODY_NOT_SUMMED,
             queue_rows=queue_rows,
         )
     except (struct.error, ValueError, IndexError) as error:
         raise FrameInvalid(f"frame of {len(data)} bytes cannot be read: {error}", field="layout") from error
 
 
-def _describe(array: Array) -> bytes:
-    code = _DTYPE_CODES.get(array.dtype.name)
-    if code is None or array.ndim > _MAX_DIMS:
-        raise FrameInvalid(f"a frame cannot carry {array.dtype.name} of rank {array.ndim}; known: {_DTYPES}")
-    return _TENSOR.pack(code, array.ndim, 0, *array.shape, *(0,) * (_MAX_DIMS - array.ndim))
+@lru_cache(maxsize=_NUM_SHAPES)
+def _describe(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
+    code, num_dims = _DTYPE_CODES.get(dtype), len(shape)
+    if code is None or num_dims > _MAX_DIMS:
+        raise FrameInvalid(f"a frame cannot carry {dtype} of rank {num_dims}; known: {_DTYPES}")
+    return _TENSOR.pack(code, num_dims, 0, *shape, *_NO_DIMS[num_dims:])
 
 
-def _read_descriptor(fields: tuple[int, ...]) -> tuple["np.dtype[Any]", tuple[int, ...]]:
-    code, num_dims, _, *dims = fields
-    if num_dims > _MAX_DIMS:
-        raise FrameInvalid(f"a tensor has {num_dims} dimensions; at most {_MAX_DIMS}", field="layout")
-    return _NUMPY_DTYPES[code], tuple(dims[:num_dims])
+class _Described(NamedTuple):
+    dtype: "np.dtype[Any]"
+    shape: tuple[int, ...]
+    num_values: int
+    num_bytes: int
 
 
-def _read_tensors(
-    body: memoryview, shapes: Sequence[tuple["np.dtype[Any]", tuple[int, ...]]], *, before: int, wanted: int
-) -> tuple[Array, ...]:
-    """Views of the body, its checksum compared on the way."""
-    arrays = []
-    offset, crc = 0, before
-    for dtype, shape in shapes:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        end, padded_end = offset + num_bytes, offset + num_bytes + (-num_bytes % 8)
-        if padded_end > len(body):
+@lru_cache(maxsize=_NUM_SHAPES)
+def _read_descriptors(descriptors: bytes) -> tuple[_Described, ...]:
+    found = []
+    for code, num_dims, _, *dims in _TENSOR.iter_unpack(descriptors):
+        if num_dims > _MAX_DIMS:
+            raise FrameInvalid(f"a tensor has {num_dims} dimensions; at most {_MAX_DIMS}", field="layout")
+        dtype, shape = _NUMPY_DTYPES[code], tuple(dims[:num_dims])
+        num_values = math.prod(shape)
+        found.append(_Described(dtype, shape, num_values, num_values * dtype.itemsize))
+    return tuple(found)
+
+
+def _read_tensors(data: Buffer, descriptors: bytes, *, begin: int) -> tuple[tuple[Array, ...], int]:
+    """Views of the body, which begins at `begin`, and where it should end."""
+    arrays: list[Array] = []
+    for dtype, shape, num_values, num_bytes in _read_descriptors(descriptors):
+        end = begin + num_bytes + (-num_bytes % 8)
+        if end > len(data):
             raise FrameInvalid(
-                f"frame body of {len(body)} bytes is too short for a {dtype.name} of shape {shape}",
+                f"frame of {len(data)} bytes is too short for a {dtype.name} of shape {shape}",
                 field="layout",
             )
-        crc = zlib.crc32(body[end:padded_end], add_checksum(body[offset:end], crc))
-        arrays.append(np.frombuffer(body[offset:end], dtype=dtype).reshape(shape))
-        offset = padded_end
-    if offset != len(body):
-        raise FrameInvalid(
-            f"frame body has {len(body) - offset} bytes that no tensor describes", field="layout"
-        )
-    if crc != wanted:
-        raise FrameInvalid(
-            f"frame body of {len(body)} bytes: checksum does not match, bytes were damaged on the way",
-            field="checksum",
-        )
-    return tuple(arrays)
+        array: Array = np.frombuffer(data, dtype, num_values, begin) if num_bytes else np.empty(0, dtype)
+        arrays.append(array if len(shape) == 1 else array.reshape(shape))
+        begin = end
+    return tuple(arrays), begin
+
+
+def _sum_body(body: memoryview, tensors: Sequence[Array], crc: int) -> int:
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        crc = add_checksum(body[begin:end], crc)
+        begin = end + (-end % 8)
+        crc = zlib.crc32(body[end:begin], crc)
+    return crc

@@ -98,6 +98,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "Streams over gRPC to workers of this host whose socket was not there.",
     ),
     MetricSpec(
+        "moray_attention_dispatch_dropped_total",
+        Kind.COUNTER,
+        "Streams ended because an answer could not be read, by what was wrong.",
+        ("reason",),
+    ),
+    MetricSpec(
         "moray_attention_dispatch_refused_total",
         Kind.COUNTER,
         "Answers of expert workers refused, by what was wrong.",

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from wire.errors import FrameInvalid, HandshakeRefused, WorkerLost
 from wire.frames import Part
@@ -27,8 +27,7 @@ _CREDENTIALS = struct.Struct("3i")
 _MAX_TEXT_BYTES = 8192
 
 
-@dataclass(frozen=True, kw_only=True)
-class Message:
+class Message(NamedTuple):
     """One call or answer: where its frame lies."""
 
     block_id: int
@@ -186,7 +185,7 @@ def receive(connection: socket.socket) -> tuple[Message | str | None, int | None
         return None, file
     if data[:4] == _CALL and len(data) == _MESSAGE.size:
         _, block_id, block_bytes, frame_bytes = _MESSAGE.unpack(data)
-        return Message(block_id=block_id, block_bytes=block_bytes, frame_bytes=frame_bytes), file
+        return Message(block_id, block_bytes, frame_bytes), file
     if data[:4] == _TEXT:
         return data[4:].decode(errors="replace"), file
     raise FrameInvalid(f"a message of {len(data)} bytes is none of the same-host transport", field="layout")

@@ -21,6 +21,7 @@ from cluster.cli.dtype import DTYPES, DtypeName
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cluster.bench.dispatch import DispatchReport
     from cluster.bench.throughput import Row, ThroughputReport, Topology
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model on this machine.")
@@ -92,6 +93,34 @@ def throughput(  # noqa: PLR0913, PLR0917 - one parameter a flag
         typer.echo(json.dumps(report.to_json()))
     else:
         _show(report)
+
+
+@app.command()
+def dispatch(
+    rounds: Annotated[int, typer.Option(min=100, help="Round trips of each size and way.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Round trips of expert calls without arithmetic, beside what they cannot be quicker than."""
+    from cluster.bench.dispatch import measure_dispatch
+
+    with progress("Measuring dispatch", is_shown=not as_json) as on_progress:
+        report = measure_dispatch(num_rounds=rounds, on_progress=on_progress)
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+    else:
+        _show_dispatch(report)
+
+
+def _show_dispatch(report: "DispatchReport") -> None:
+    console = Console()
+    console.print(f"{report.machine}; one process a CPU; {report.rounds} round trips each", markup=False)
+    for case, ways in report.cases.items():
+        table = Table("way", "p50 us", "p99 us", "of its baseline", title=case)
+        for name, times in ways.items():
+            ratio = report.ratio(case, name)
+            against = "" if ratio is None else f"{ratio:.2f}"
+            table.add_row(name, f"{times.p50_us:.0f}", f"{times.p99_us:.0f}", against)
+        console.print(table)
 
 
 def _dtypes(text: str) -> tuple[DtypeName, ...]:

@@ -65,7 +65,7 @@ class GrpcPeer:
         except grpc.RpcError as error:
             self._fail(from_rpc(error))
         except FrameInvalid as error:
-            self._metrics.counter("dispatch_refused_total", reason=error.field or "layout").inc()
+            self._metrics.counter("dispatch_dropped_total", reason=error.field or "layout").inc()
             self._fail(error)
         finally:
             # Ends the thread in which gRPC reads `_requests`, and the socket of a stream that broke.

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import replace
 
 import numpy as np
 
@@ -55,11 +54,11 @@ class LocalPeer:
         call_id, future = self._calls.open()
         if future.done():
             return future
-        parts = frame_parts(replace(frame, call_id=call_id))
+        parts = frame_parts(frame, call_id=call_id, is_summed=False)
         num_bytes = sum(map(len, parts))
         block, file = self._blocks.take(max(num_bytes, max_reply_bytes(frame)))
         block.write(parts, num_bytes=num_bytes)
-        message = Message(block_id=block.block_id, block_bytes=block.num_bytes, frame_bytes=num_bytes)
+        message = Message(block.block_id, block.num_bytes, num_bytes)
         try:
             with self._sending:
                 send_message(self._socket, message, file=file)
@@ -88,7 +87,7 @@ class LocalPeer:
                 self._calls.resolve(decode_frame(self._blocks.lease(got)))
             self._fail(WorkerLost("ended its stream") if got is None else read_error(got))
         except FrameInvalid as error:
-            self._metrics.counter("dispatch_refused_total", reason=error.field or "layout").inc()
+            self._metrics.counter("dispatch_dropped_total", reason=error.field or "layout").inc()
             self._fail(error)
         except OSError as error:
             self._fail(WorkerLost(str(error)))

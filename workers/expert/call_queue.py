@@ -4,7 +4,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from wire.frames import Frame
 from wire.metrics import Metrics
@@ -12,8 +13,7 @@ from wire.metrics import Metrics
 AnswerAll = Callable[[Sequence[Frame]], list[Frame]]
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     frame: Frame
     num_rows: int
     reply: Callable[[Frame], None]
@@ -37,7 +37,7 @@ class CallQueue:
         self._num_rows = 0
         """Of the calls waiting."""
         self._is_computing = False
-        """Whether some thread has taken the computation on; only that thread runs it."""
+        """Whether some thread has taken the computation on; only that one runs it. If not, nothing waits."""
         self._is_started = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts")
 
@@ -49,15 +49,16 @@ class CallQueue:
             reply: gets the answer, on the thread that computed it; must not block or raise.
             may_compute: whether the calling thread may compute it, and those of its layer beside it.
         """
+        call = _Waiting(frame, _num_rows(frame), reply)
         with self._lock:
-            call = _Waiting(frame, _num_rows(frame), reply)
-            self._waiting.append(call)
-            self._num_rows += call.num_rows
-            if self._is_computing:
-                return
-            self._is_computing = True
+            is_first, self._is_computing = not self._is_computing, True
+            if not (is_first and may_compute):
+                self._waiting.append(call)
+                self._num_rows += call.num_rows
+        if not is_first:
+            return
         if may_compute:
-            self._compute_next()
+            self._compute([call])
             with self._lock:
                 if not self._waiting:
                     self._is_computing = False
@@ -70,31 +71,26 @@ class CallQueue:
 
     def _compute_all(self) -> None:
         """Computes until nothing waits."""
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._is_computing = False
-                    return
-            self._compute_next()
+        while calls := self._take_layer():
+            self._compute(calls)
 
-    def _compute_next(self) -> None:
-        """Computes the oldest call and all others of its layer."""
+    def _compute(self, calls: Sequence[_Waiting]) -> None:
         if not self._is_started:
             self._start()
             self._is_started = True
-        calls = self._take_layer()
         answers = self._answer_all([call.frame for call in calls])
         for call, answer in zip(calls, answers, strict=True):
-            call.reply(replace(answer, queue_rows=self._num_rows))
+            call.reply(replace(answer, queue_rows=self._num_rows) if self._num_rows else answer)
 
     def _take_layer(self) -> list[_Waiting]:
+        """The oldest call and all others of its layer; of an empty queue none, and then nobody computes."""
         with self._lock:
+            if not self._waiting:
+                self._is_computing = False
+                return []
             layer_idx = self._waiting[0].frame.layer_idx
             taken = [call for call in self._waiting if call.frame.layer_idx == layer_idx]
-            if len(taken) == len(self._waiting):
-                self._waiting.clear()
-            else:
-                self._waiting = deque(call for call in self._waiting if call.frame.layer_idx != layer_idx)
+            self._waiting = deque(call for call in self._waiting if call.frame.layer_idx != layer_idx)
             self._num_rows -= sum(call.num_rows for call in taken)
             self._metrics.gauge("queue_rows").set(self._num_rows)
             return taken

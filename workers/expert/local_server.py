@@ -19,11 +19,9 @@ from wire.same_host import (
     send_message,
     send_text,
 )
+from workers.expert.forward_stream import Submit
 
 _log = logging.getLogger(__name__)
-
-Submit = Callable[[Frame, Callable[[Frame], None]], None]
-"""Takes a call and what is to get its answer."""
 
 
 class LocalServer:
@@ -132,14 +130,14 @@ class _Connection:
 
     def _reply(self, answer: Frame, block: Block) -> None:
         """Puts the answer where the call was; the caller reads nothing there before it is told."""
-        parts = frame_parts(answer)
+        parts = frame_parts(answer, is_summed=False)
         num_bytes = sum(map(len, parts))
         if not block.write(parts, num_bytes=num_bytes):
             fault = InternalError(f"an answer of {num_bytes} bytes in a block of {block.num_bytes}")
             self._tell(fault)
             self._end()
             return
-        message = Message(block_id=block.block_id, block_bytes=block.num_bytes, frame_bytes=num_bytes)
+        message = Message(block.block_id, block.num_bytes, num_bytes)
         with self._sending:
             if not self._is_open:
                 return

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -15,14 +16,14 @@ from model.errors import ModelError
 from model.matrix import Mlp
 from model.weights import load_experts
 from wire.errors import InvalidRequest, ModelBroken
-from wire.frames import Frame, decode_frame, encode_frame
 from wire.handshake import Handshake, check_handshake
 from wire.metrics import Metrics
 from wire.proto import expert_pb2, expert_pb2_grpc
-from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS, Context, stream_errors, unary_errors
+from wire.rpc import SERVER_OPTIONS, Context, unary_errors
 from workers.checkpoint import open_checkpoint
 from workers.config import ComputeConfig, ExpertConfig
 from workers.expert.call_queue import CallQueue
+from workers.expert.forward_stream import ForwardStream
 from workers.expert.load import Ints, RecentLoad, summarise
 from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
@@ -93,10 +94,8 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         """Listens; returns the port."""
         server = grpc.aio.server(options=SERVER_OPTIONS)
         expert_pb2_grpc.add_ExpertServicer_to_server(self, server)
-        forward: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self._forward)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(EXPERT_FRAMES, {"Forward": forward}),)
-        )
+        frames = ForwardStream(self._handshake, partial(self._queue.submit, may_compute=False))
+        server.add_generic_rpc_handlers((frames.handler(),))
         bound_port = server.add_insecure_port(f"{self._host}:{port}")
         await server.start()
         self._server = server
@@ -151,28 +150,13 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         for rank, num_rows in enumerate(summary.top_rows, start=1):
             self.metrics.gauge("top_expert_rows", rank=str(rank)).set(num_rows)
 
-    @stream_errors
-    async def _forward(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
-        check_handshake(self._handshake, context.invocation_metadata() or ())
-        loop = asyncio.get_running_loop()
-        async for data in requests:
-            answer: asyncio.Future[bytes] = loop.create_future()
-
-            def reply(frame: Frame, answer: "asyncio.Future[bytes]" = answer) -> None:
-                loop.call_soon_threadsafe(_set_result, answer, encode_frame(frame))
-
-            self._queue.submit(decode_frame(data), reply, may_compute=False)
-            yield await answer
-
     def _listen_local(self, address: str) -> LocalServer | None:
+        submit = partial(self._queue.submit, may_compute=self._readers_compute)
         try:
-            return LocalServer(address, handshake=self._handshake, submit=self._submit_local)
+            return LocalServer(address, handshake=self._handshake, submit=submit)
         except OSError as error:
             _log.warning("%s takes no calls through shared memory: %s", self._worker_id, error)
             return None
-
-    def _submit_local(self, frame: Frame, reply: Callable[[Frame], None]) -> None:
-        self._queue.submit(frame, reply, may_compute=self._readers_compute)
 
     def _prepare(self, slots: list[Slot], table_version: int) -> None:
         try:
@@ -204,9 +188,3 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             weight_bytes=self._store.num_bytes(),
             scale=self._scale,
         )
-
-
-def _set_result(future: "asyncio.Future[bytes]", data: bytes) -> None:
-    """On the loop; a call that was cancelled meanwhile waits for nothing."""
-    if not future.done():
-        future.set_result(data)

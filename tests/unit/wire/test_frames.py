@@ -32,7 +32,7 @@ frames = st.builds(
     table_version=st.integers(0, 2**64 - 1),
     layer_idx=st.integers(-(2**31), 2**31 - 1),
     meta=st.binary(max_size=20),
-    flags=st.integers(0, 255),
+    flags=st.integers(0, 127),
     queue_rows=st.integers(0, 2**32 - 1),
 )
 
