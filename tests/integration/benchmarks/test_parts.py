@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import against_peers, long_context, precision
+from benchmarks import against_peers, long_context, precision, replica_bias
 
 RUNNER = CliRunner()
 BATCHED = """
@@ -126,3 +127,19 @@ def test_divergence_is_that_of_the_two_distributions() -> None:
 def test_accuracy_is_a_row_of_the_table() -> None:
     row = precision.Accuracy("fp8", "int8", 0.975, 0.0123, 0.001, 0.51, 2.2)
     assert list(precision.markdown([row]))[2:] == ["| fp8 | int8 | 97.5% | 0.012 | 0.001 | 0.51 | 2.2 |"]
+
+
+def test_ways_to_choose_replicas_place_every_row_where_its_expert_lives() -> None:
+    case = replica_bias.Case(num_experts=16, num_workers=4, num_slots=6, num_rows=30)
+    popularity_E = np.arange(1.0, 17) ** -replica_bias.ZIPF_EXPONENT
+    routes = replica_bias.place(case, popularity_E)
+    batch = replica_bias.draw_batch(case, popularity_E, np.random.default_rng(1))
+    held = {(replica.expert_idx, replica.worker_idx) for replica in routes.replicas}
+    assert [len(set(ids)) for ids in batch.expert_idx_A.reshape(30, -1).tolist()] == [replica_bias.TOP_K] * 30
+    for _, choose in replica_bias.WAYS:
+        worker_A = choose(routes, batch)
+        assert set(zip(batch.expert_idx_A.tolist(), worker_A.tolist(), strict=True)) <= held
+
+
+def test_levels_are_what_waits_and_what_comes() -> None:
+    assert replica_bias.max_over_mean(np.array([0, 0, 1]), np.array([1.0, 1.0, 1.0])) == 1.5

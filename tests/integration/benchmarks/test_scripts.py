@@ -58,3 +58,14 @@ def test_precision_of_float32_is_that_of_the_goldens() -> None:
     assert min(row["top1"] for row in rows) == 1
     assert max(row["mean_kl"] for row in rows) < 1e-9
     assert max(row["max_logit_error"] / row["logit_std"] for row in rows) < LOGIT_TOLERANCE
+
+
+def test_replica_bias_levels_workers_better_than_shares_alone() -> None:
+    done = run_script("replica_bias", "--rounds", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    results: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    ratio = {(str(r["case"]), r["way"]): r["max_over_mean"] for r in results}
+    cases = {case for case, _ in ratio}
+    assert len(cases) >= 5
+    assert all(1 <= ratio[case, "water-filling"] < ratio[case, "shares alone"] for case in cases)
+    assert all(result["plan_us"] > 0 for result in results)

@@ -1,11 +1,13 @@
 """Random tables, random choices and a plain reference, for the tests of the expert side of the router."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from hypothesis import strategies as st
 
 from router.experts.plan import WorkerCall
+from router.experts.replicas import WorkerLoads
 from router.experts.table import Replica, RoutingTable, build_table
 
 HIDDEN = 5
@@ -33,6 +35,31 @@ def tables(draw: st.DrawFn, *, num_experts: int, version: int = 1) -> RoutingTab
         num_experts=num_experts,
         worker_ids=[f"expert-{i}" for i in range(num_workers)],
         layers={LAYER: replicas},
+    )
+
+
+def loads_of(
+    *, backlog: Sequence[float], cost: Sequence[float] = (), is_usable: Sequence[bool] = ()
+) -> WorkerLoads:
+    """Loads of as many workers as there are backlogs; by default all are usable and as quick as another."""
+    return WorkerLoads(
+        is_usable_W=np.array(is_usable or [True] * len(backlog)),
+        backlog_W=np.array(backlog, dtype=np.float64),
+        row_cost_W=np.array(cost or [1.0] * len(backlog), dtype=np.float64),
+    )
+
+
+def usable_loads(num_workers: int = 4) -> st.SearchStrategy[WorkerLoads]:
+    """Any backlog and cost, and any workers usable, even none."""
+
+    def of_each(strategy: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
+        return st.lists(strategy, min_size=num_workers, max_size=num_workers)
+
+    return st.builds(
+        lambda backlog, cost, is_usable: loads_of(backlog=backlog, cost=cost, is_usable=is_usable),
+        of_each(st.integers(0, 100)),
+        of_each(st.floats(1, 9)),
+        of_each(st.booleans()),
     )
 
 

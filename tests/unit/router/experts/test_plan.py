@@ -12,7 +12,6 @@ from router.experts.plan import (
     DispatchPlan,
     add_partial,
     assignments_of,
-    join_assignments,
     plan_dispatch,
 )
 from router.experts.table import RoutingTable, build_table
@@ -21,6 +20,7 @@ from tests.unit.router.experts.harness import (
     Choices,
     choices,
     copies,
+    loads_of,
     partial_sums,
     plain_combine,
     random_choices,
@@ -33,8 +33,14 @@ TABLES = tables(num_experts=NUM_EXPERTS, version=8)
 
 
 def _plan(given_choices: Choices, table: RoutingTable) -> DispatchPlan:
-    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
-    return plan_dispatch(pairs, table, layer_idx=LAYER)
+    return _plan_pairs(assignments_of(given_choices.ids_TK, given_choices.weights_TK), table)
+
+
+def _plan_pairs(pairs: Assignments, table: RoutingTable) -> DispatchPlan:
+    """Nothing waits anywhere, and all workers are usable."""
+    return plan_dispatch(
+        pairs, table, layer_idx=LAYER, loads=loads_of(backlog=[0] * max(1, len(table.worker_ids)))
+    )
 
 
 def _combine(given_choices: Choices, plan: DispatchPlan) -> np.ndarray:
@@ -54,7 +60,7 @@ def test_docstring_example() -> None:
     table = build_table(version=4, num_experts=3, worker_ids=["w0", "w1"], layers={LAYER: replicas})
     ids_TK = np.array([[0, 1], [1, 2]], dtype=np.int32)
     weights_TK = np.array([[0.1, 0.2], [0.3, 0.4]], dtype=np.float32)
-    plan = plan_dispatch(assignments_of(ids_TK, weights_TK), table, layer_idx=LAYER)
+    plan = _plan_pairs(assignments_of(ids_TK, weights_TK), table)
     assert (plan.layer_idx, plan.table_version) == (LAYER, 4)
     first, second = plan.calls
     assert (first.worker_id, first.token_idx_R.tolist()) == ("w0", [0, 1])
@@ -117,25 +123,43 @@ def test_calls_planned_again_elsewhere_change_no_bit(
     """Any subset of the calls is lost and its pairs are planned on another table."""
     plan = _plan(given_choices, tables_given[0])
     kept = [call for i, call in enumerate(plan.calls) if not lost >> i & 1]
-    again = [call.assignments() for i, call in enumerate(plan.calls) if lost >> i & 1]
-    if again:
-        kept += plan_dispatch(join_assignments(again), tables_given[1], layer_idx=LAYER).calls
+    for i, call in enumerate(plan.calls):
+        if lost >> i & 1:
+            kept += _plan_pairs(call.assignments(), tables_given[1]).calls
     total = _combine(given_choices, DispatchPlan(LAYER, 8, tuple(kept)))
     assert np.array_equal(total, plain_combine(given_choices))
+
+
+def test_call_may_load_only_when_one_of_its_experts_has_no_usable_copy() -> None:
+    """Worker 0 is out of reach: expert 0 is asked of 1 or 2, where expert 2 and 3 are at home."""
+    replicas = [*copies(0, [0], [1]), *copies(1, [0, 1], [1, 1]), *copies(2, [1], [1]), *copies(3, [2], [1])]
+    table = build_table(version=1, num_experts=4, worker_ids=["w0", "w1", "w2"], layers={LAYER: replicas})
+    pairs = assignments_of(np.array([[0, 1], [2, 3]], dtype=np.int32), np.ones((2, 2), dtype=np.float32))
+    loads = loads_of(backlog=[0, 0, 0], is_usable=[False, True, True])
+    plan = plan_dispatch(pairs, table, layer_idx=LAYER, loads=loads)
+    got = [(call.worker_id, sorted(call.expert_idx_A.tolist()), call.may_load) for call in plan.calls]
+    assert got == [("w1", [0, 1, 2], True), ("w2", [3], False)]
+
+
+def test_nobody_usable_is_an_error() -> None:
+    table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
+    pairs = assignments_of(np.array([[0]], dtype=np.int32), np.ones((1, 1), dtype=np.float32))
+    with pytest.raises(ValueError, match="no expert worker is usable"):
+        plan_dispatch(pairs, table, layer_idx=LAYER, loads=loads_of(backlog=[0], is_usable=[False]))
 
 
 def test_nothing_chosen_needs_no_call() -> None:
     ids_TK = np.full((3, 2), -1, dtype=np.int32)
     pairs = assignments_of(ids_TK, np.ones((3, 2), dtype=np.float32))
     table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
-    assert plan_dispatch(pairs, table, layer_idx=LAYER).calls == ()
+    assert _plan_pairs(pairs, table).calls == ()
 
 
 def test_expert_that_the_table_does_not_know_is_stale() -> None:
     table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
     pairs = assignments_of(np.array([[1]], dtype=np.int32), np.ones((1, 1), dtype=np.float32))
     with pytest.raises(StaleTable, match="expert 1 is not among 1"):
-        plan_dispatch(pairs, table, layer_idx=LAYER)
+        _plan_pairs(pairs, table)
 
 
 def test_layer_that_the_table_does_not_know_is_stale() -> None:
@@ -143,4 +167,4 @@ def test_layer_that_the_table_does_not_know_is_stale() -> None:
     given_choices = random_choices(2)
     pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
     with pytest.raises(StaleTable, match="no layer 3"):
-        plan_dispatch(pairs, table, layer_idx=LAYER)
+        _plan_pairs(pairs, table)

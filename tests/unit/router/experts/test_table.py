@@ -30,8 +30,8 @@ def _replica_of(table: RoutingTable, expert_idx: int, row: int) -> Replica:
 
 
 def _choose(table: RoutingTable, expert_idx: int, rows: range) -> list[int]:
-    row_idx_A = np.array(rows, dtype=np.int64)
-    return table.routes(LAYER).choose_workers(np.full_like(row_idx_A, expert_idx), row_idx_A).tolist()
+    """The worker that the shares choose for each row."""
+    return [int(table.routes(LAYER).copies_of(expert_idx, row_idx=row)[0]) for row in rows]
 
 
 def test_docstring_example_of_shares() -> None:
@@ -129,7 +129,17 @@ def test_shares_hold_over_any_run_of_rows(table: RoutingTable, first_row: int, n
 
 
 @given(table=tables(num_experts=3), row=st.integers(0, 2**30))
-def test_same_row_goes_to_the_same_worker_in_any_company(table: RoutingTable, row: int) -> None:
-    alone = _choose(table, 1, range(row, row + 1))
-    assert _choose(table, 1, range(row, row + 9))[:1] == alone
-    assert _choose(table, 1, range(row, row + 1)) == alone
+def test_copies_are_all_that_hold_the_expert_in_their_order_from_the_chosen_one_on(
+    table: RoutingTable, row: int
+) -> None:
+    for expert_idx in range(3):
+        held = [r.worker_idx for r in table.routes(LAYER).replicas if r.expert_idx == expert_idx]
+        begin = held.index(_replica_of(table, expert_idx, row).worker_idx)
+        got = table.routes(LAYER).copies_of(expert_idx, row_idx=row)
+        assert got.tolist() == held[begin:] + held[:begin]
+
+
+@given(table=tables(num_experts=3))
+def test_number_of_copies_is_that_of_the_replicas(table: RoutingTable) -> None:
+    held = [replica.expert_idx for replica in table.routes(LAYER).replicas]
+    assert table.routes(LAYER).num_copies_E.tolist() == [held.count(expert_idx) for expert_idx in range(3)]
