@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.workers.lab import Cluster, drain, open_cluster, run_test, until
 from tests.reference_data import goldens
-from wire.errors import DeadlinePassed, ExpertNotLoaded, InvalidRequest, MorayError, WorkerLost
+from wire.errors import DeadlinePassed, InvalidRequest, MorayError, WorkerLost
 from wire.proto import attention_pb2, control_pb2
 from wire.rpc import SCORE_METHOD
 
@@ -127,7 +127,8 @@ def test_expert_worker_that_moves_changes_no_token(is_told_first: bool) -> None:
             if is_told_first:
                 await old.server.stop(grace_s=0)
             assert tokens + await rest_of(call) == expected
-            assert cluster.metric("expert-1", "rows_total") > 0
+            while cluster.metric("expert-1", "rows_total") == 0:  # it is trusted again after a while
+                assert await whole_text(cluster, 120) == expected
 
     run_test(main())
 
@@ -165,19 +166,16 @@ def test_experts_of_a_lost_worker_go_on_in_another() -> None:
     run_test(main())
 
 
-def test_expert_that_nobody_holds_fails_the_request_at_the_deadline() -> None:
+def test_expert_that_no_slot_holds_is_loaded_on_demand() -> None:
     """The worker has let go of an expert that the table still names."""
 
     async def main() -> None:
-        async with open_cluster(num_experts=1, deadline_s=0.5) as cluster:
+        async with open_cluster(num_experts=1) as cluster:
             worker = cluster.experts["expert-0"]
             await cluster.load(worker, worker.slots[:1])
-            with pytest.raises((ExpertNotLoaded, WorkerLost)) as caught:
-                await whole_text(cluster, 4)
-            assert caught.value.is_retryable
-            assert cluster.metric("prefill-0", "dispatch_retries_total", reason="ExpertNotLoaded") >= 1
-            await cluster.load(worker, worker.slots)
             assert await whole_text(cluster, 16) == GOLDEN.tensor("greedy").tolist()
+            assert cluster.metric("prefill-0", "dispatch_retries_total", reason="ExpertNotLoaded") >= 1
+            assert cluster.metric("prefill-0", "dispatch_retries_total", reason="WorkerLost") == 0
 
     run_test(main())
 
