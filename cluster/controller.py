@@ -247,9 +247,8 @@ class Controller:
         """
         role = role_of(worker_id)
         if role == "expert":
-            tables = self._state.tables
             await self._rollout.wait_for(
-                lambda: tables.is_empty(worker_id) or not self._state.member(worker_id).is_leaving
+                lambda: self._holds_nothing(worker_id) or not self._state.member(worker_id).is_leaving
             )
         if not self._state.member(worker_id).is_leaving:
             return
@@ -259,6 +258,10 @@ class Controller:
         self._state.on_gone(worker_id)
         _log.info("%s has left", worker_id)
         await self._rollout.follow_up(has_news=True)
+
+    def _holds_nothing(self, worker_id: str) -> bool:
+        """Whether nobody needs an expert worker; not known of one that has not said what it holds."""
+        return worker_id not in self._rollout.unheard and self._state.tables.is_empty(worker_id)
 
     # ---- beside ----
 

@@ -64,7 +64,7 @@ def plan_resize(members: Sequence[MemberState], role: str, num_workers: int) -> 
     wanted = [f"{role}-{idx}" for idx in range(num_workers)]
     present = [member.worker_id for member in members if member.role == role]
     others = {m.role for m in members if m.role != role and not m.is_leaving}
-    if not num_workers and not _can_do_without(role, others):
+    if present and not num_workers and not _can_do_without(role, others):
         raise ConfigError(field=f"{role}.replicas", wanted="at least 1 while the cluster serves", given="0")
     return Resize(
         new=tuple(worker_id for worker_id in wanted if worker_id not in present),

@@ -54,6 +54,11 @@ def test_none_of_a_role_only_when_others_do_its_work(
             plan_resize(members(*present), role, 0)
 
 
+def test_none_of_a_role_that_has_none_changes_nothing() -> None:
+    plan = plan_resize(members("expert-0", "decode-0"), "both", 0)
+    assert (plan.new, plan.leaving, plan.staying) == ((), (), ())
+
+
 def test_who_leaves_is_not_counted() -> None:
     counts = count_roles(members("expert-0", "expert-1", "decode-0", "router-0", leaving="expert-1"))
     assert counts == {"expert": 1, "prefill": 0, "decode": 1, "both": 0}
