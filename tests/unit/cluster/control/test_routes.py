@@ -1,4 +1,4 @@
-"""From holders to a table: slots as they are held, planned shares where they fit, no expert without a copy."""
+"""From holders to a table: slots as held, planned shares where they fit, no expert without a copy."""
 
 import pytest
 
