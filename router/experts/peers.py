@@ -4,8 +4,8 @@ A pure book: events with their time go in, decisions come out. A worker that fai
 rows, but a probe (a call of no rows) once its time is over; the answer lets it back in, and each further
 failure doubles the time.
 
-Worked example (also a test): a took 2 ms a row in its last calls, b and c took 1 ms. The score of a is 2: it is
-a straggler, and each row that it gets counts twice when rows are spread. a fails at 10 s: it gets no rows
+Worked example (also a test): a took 2 ms a row in its last calls, b and c took 1 ms. The score of a is 2: it
+is a straggler, and each row that it gets counts twice when rows are spread. a fails at 10 s: it gets no rows
 until a probe sent at 10.5 s is answered; if the probe fails at 11.5 s, the next one is sent at 12.5 s.
 """
 

@@ -40,11 +40,17 @@ class _Attempt:
     answer: "Future[Frame]"
     depth: int
     """How many attempts went before it; each may take twice as long as the one before."""
+    answered_s: float | None = None
+    """When its answer came; written by the transport's thread, read by the engine's."""
     is_over: bool = False
     """Whether its own answer was looked at."""
     rescue: "list[_Attempt] | None" = None
     parts: list[Part] | None = None
     """Its rows' sums, once they are there."""
+
+    def on_answered(self, _: "Future[Frame]") -> None:
+        """Its answer has come, however much later it is looked at."""
+        self.answered_s = time.monotonic()
 
 
 class PendingDispatch:
@@ -131,10 +137,12 @@ class PendingDispatch:
                 attempt.rescue = self._resend(attempt, error)
             return None
         call = attempt.call
+        # A waiter can be quicker than the callback that notes the time: then it is now.
+        answered_s = time.monotonic() if attempt.answered_s is None else attempt.answered_s
         self._book.on_answer(
             call.worker_id,
             num_rows=call.token_idx_R.size,
-            seconds=time.monotonic() - attempt.sent_s,
+            seconds=answered_s - attempt.sent_s,
             queue_rows=reply.queue_rows,
         )
         self._metrics.counter("dispatch_bytes_total", direction="received").inc(reply.tensors[0].nbytes)
@@ -218,7 +226,7 @@ class PendingDispatch:
         num_bytes = sum(tensor.nbytes for tensor in frame.tensors)
         self._metrics.counter("dispatch_bytes_total", direction="sent").inc(num_bytes)
         now_s = time.monotonic()
-        return _Attempt(
+        attempt = _Attempt(
             call=call,
             table_version=table_version,
             sent_s=now_s,
@@ -226,6 +234,8 @@ class PendingDispatch:
             depth=depth,
             answer=self._dispatcher.transport.send(call.worker_id, frame),
         )
+        attempt.answer.add_done_callback(attempt.on_answered)
+        return attempt
 
 
 def _lacks_expert(attempt: _Attempt, error: MorayError) -> bool:

@@ -219,6 +219,26 @@ def test_late_answer_still_counts_when_its_rescue_is_lost() -> None:
     assert it.clock.now_s == pytest.approx(105.0)
 
 
+def test_late_call_that_is_lost_after_all_is_not_sent_a_second_time() -> None:
+    """It is late after 1 s and lost after 1.5 s; its rescue takes 3 s."""
+
+    def script(number: int, worker_id: str, frame: Frame) -> Later:
+        return (
+            Later(1.5, WorkerLost("gone"))
+            if number == 0
+            else late_worker(0.0, rescue_s=3.0)(number, "", frame)
+        )
+
+    given_choices = random_choices(9)
+    with lab(script, table=twins(names="abc"), rules=HASTY) as it:
+        it.book.on_answer("b", num_rows=1, seconds=1.0, queue_rows=0)
+        it.book.on_answer("c", num_rows=1, seconds=1.0, queue_rows=0)
+        assert np.array_equal(it.run(given_choices), plain_combine(given_choices))
+    assert it.asked[:3] == ["a", "b", "c"]
+    rescued = np.concatenate([frame.tensors[2] for frame in it.frames[3:]])
+    assert sorted(rescued.tolist()) == sorted(it.frames[0].tensors[2].tolist())
+
+
 def test_every_further_attempt_may_take_twice_as_long() -> None:
     sent_s = []
 
@@ -378,6 +398,17 @@ def test_answers_teach_the_book_speed_and_queue() -> None:
     num_rows = len(it.frames[0].tensors[0])
     assert it.book.seconds_per_row("a") == pytest.approx(0.5 / num_rows)
     assert it.book.queue_rows("a") == 17
+
+
+def test_speed_is_until_the_answer_came_not_until_it_was_looked_at() -> None:
+    """Workers are looked at in turn, and perhaps late: a slow one must not make those behind it look slow."""
+    seconds = {"a": 0.8, "b": 0.1}
+    with lab(lambda _n, worker, f: Later(seconds[worker], partial_of(f)), table=two_workers()) as it:
+        pending = it.start(random_choices(8))
+        it.clock.pass_s(2.0)
+        pending.result()
+    for (worker, frame), expected_s in zip(it.transport.sent, (0.8, 0.1), strict=True):
+        assert it.book.seconds_per_row(worker) * len(frame.tensors[0]) == pytest.approx(expected_s)
 
 
 def counted(it: Lab, name: str, **labels: str) -> float:

@@ -108,10 +108,43 @@ def test_rows_without_a_choice_come_first() -> None:
         assert rows_of(choose(routes_of([0, 1], [0]), experts, loads_of(backlog=[0, 0])), 2) == [6, 4]
 
 
+def test_expert_of_fewest_copies_is_poured_first() -> None:
+    """Expert 0 has 4 rows over workers 0 and 1, then expert 1 has 8 over all three: 4 on each."""
+    got = choose(routes_of([0, 1], [0, 1, 2]), [1] * 8 + [0] * 4, loads_of(backlog=[0, 0, 0]))
+    assert sorted(got.worker_A[-4:].tolist()) == [0, 0, 1, 1]
+    assert rows_of(got, 3) == [4, 4, 4]
+
+
+def test_rows_without_a_choice_count_more_at_a_straggler() -> None:
+    """Expert 1's 3 rows make worker 0 as full as 9 would another: all 8 rows of expert 0 go to worker 1."""
+    got = choose(routes_of([0, 1], [0]), [1] * 3 + [0] * 8, loads_of(backlog=[0, 0], cost=[3, 1]))
+    assert rows_of(got, 2) == [3, 8]
+
+
 def test_most_chosen_expert_is_poured_first_among_equals() -> None:
     """Expert 1 has 8 rows over workers 1 and 2, expert 0 then 2 over 0 and 1: 4 on 2, 4 on 1, 2 on 0."""
     got = choose(routes_of([0, 1], [1, 2]), [0] * 2 + [1] * 8, loads_of(backlog=[0, 0, 0]))
     assert rows_of(got, 3) == [2, 4, 4]
+
+
+def worker_of_one_row(routes: LayerRoutes, token: int) -> int:
+    """The worker of expert 0's only row, where all have as much to do."""
+    loads = loads_of(backlog=[3] * (1 + int(routes.worker_EM.max())))
+    return int(choose_replicas(routes, np.array([0]), np.array([token]), loads).worker_A[0])
+
+
+@pytest.mark.parametrize(("token", "first"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_shares_decide_between_copies_with_as_much_to_do(token: int, first: int) -> None:
+    """The points of rows 0 to 3 are 0.00, 0.62, 0.24, 0.85."""
+    assert worker_of_one_row(routes_of([0, 1]), token) == first
+
+
+@pytest.mark.parametrize("shares", [[1, 9], [9, 1], [1, 1, 1], [1, 4, 5]])
+def test_lone_rows_are_spread_by_the_shares(shares: list[int]) -> None:
+    routes = routes_of(list(range(len(shares))), shares=shares)
+    got = [worker_of_one_row(routes, token) for token in range(1000)]
+    expected = [1000 * share / sum(shares) for share in shares]
+    assert [got.count(worker) for worker in range(len(shares))] == pytest.approx(expected, abs=4)
 
 
 @given(given_choices=choices(), table=TABLES, loads=usable_loads())
