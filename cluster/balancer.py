@@ -59,7 +59,7 @@ class Balancer:
             await asyncio.sleep(self._config.interval_s)
             loads = self._fold()
             num_rows = self._window.num_rows(now_s=time.monotonic())
-            if num_rows < max(1, self._config.min_rows) or not self._state.tables.is_settled:
+            if num_rows < max(1, self._config.min_rows) or self._state.waiting_for():
                 continue
             # A load that failed has been logged, counted and taken back: the next look tries again.
             with contextlib.suppress(MorayError):
@@ -83,6 +83,7 @@ class Balancer:
 
     async def _rebalance(self, loads: Loads, *, force: bool) -> Rebalanced:
         async with self._moving:
+            await self._rollout.wait_for(lambda: self._state.tables.is_settled)
             placed = self._state.placed()
             proposal = await asyncio.to_thread(propose, placed, loads, self._terms())
             self._metrics.gauge("load_balance_ratio").set(proposal.balance)

@@ -223,7 +223,8 @@ class Controller:
             except MorayError as error:
                 _log.warning("heartbeat of %s: %s", worker_id, error.message)
                 self._metrics.counter("heartbeats_missed_total").inc()
-                pulse = pulse.after(answered=False)
+                was_late = time.monotonic() - began_s > 2 * every_s
+                pulse = pulse.after(answered=False, was_late=was_late)
             await asyncio.sleep(max(0.0, began_s + every_s - time.monotonic()))
         raise WorkerLost(f"{worker_id} has not answered {pulse.num_missed} heartbeats")
 

@@ -21,6 +21,13 @@ class Pulse:
         """Whether it has been silent for too long."""
         return self.num_missed >= self.max_misses
 
-    def after(self, *, answered: bool) -> "Pulse":
-        """The pulse after one more heartbeat."""
+    def after(self, *, answered: bool, was_late: bool = False) -> "Pulse":
+        """The pulse after one more heartbeat.
+
+        Args:
+            answered: an answer came in time.
+            was_late: whoever asked was itself held up for so long that no answer says nothing.
+        """
+        if was_late and not answered:
+            return self
         return replace(self, num_missed=0 if answered else self.num_missed + 1)

@@ -50,6 +50,8 @@ class FakeController(control_pb2_grpc.ControlServicer):
 
     def __init__(self) -> None:
         self.snapshot = control_pb2.ClusterSnapshot()
+        self.reported: dict[str, int] = {}
+        """Attention worker -> table that it said it uses."""
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -63,6 +65,10 @@ class FakeController(control_pb2_grpc.ControlServicer):
         self.snapshot = snapshot
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def Report(self, request: Any, context: Any) -> control_pb2.ReportResponse:
+        self.reported[request.member_id] = request.table_version
+        return control_pb2.ReportResponse()
 
     async def Watch(self, request: control_pb2.WatchRequest, context: Any) -> None:  # type: ignore[override]
         while True:

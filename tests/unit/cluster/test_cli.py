@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from cluster.cli import app as command_line
 from tests.reference_data import checkpoint_dir
 
-COMMANDS = ("up", "down", "status", "generate", "chat", "logits", "router", "bench", "checkpoint", "template")
+COMMANDS = (
+    *("up", "down", "status", "scale", "rebalance", "generate", "chat"),
+    *("logits", "router", "bench", "checkpoint", "template"),
+)
 Moray = Callable[..., tuple[int, str]]
 
 
@@ -74,6 +77,14 @@ def test_command_is_installed_and_lists_every_command() -> None:
     [
         (["generate"], 2, "wanted either a text or --tokens"),
         (["status", "--address", "unix:/no/such.sock"], 1, "no router answers at unix:/no/such.sock"),
+        (["scale", "--experts", "3"], 1, "no cluster is noted"),
+        (["scale", "--experts", "3", "--controller", "unix:/no/such.sock"], 1, "no controller answers at"),
+        (["scale"], 2, "--experts, --prefill or --decode"),
+        (
+            ["rebalance", "--controller", "unix:/no/such.sock"],
+            1,
+            "no controller answers at unix:/no/such.sock",
+        ),
         (["down"], 1, "no cluster is noted in"),
     ],
 )
