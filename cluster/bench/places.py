@@ -122,21 +122,24 @@ def _moments(events: "queue.SimpleQueue[tuple[float, Event]]") -> list[float]:
 
 @contextmanager
 def in_cluster(model: str, place: Place, *, num_experts: int) -> Iterator[Ask]:
-    """A router, a prefill and a decode worker and expert workers, started for it and ended.
+    """A router, one attention worker and expert workers, started for it and ended.
+
+    Expert workers compute at the same time, so they divide the threads between them.
 
     Raises:
         MorayError: it did not start; says why.
     """
-    group = place.group().model_dump() | {"replicas": 1}
+    expert_threads = max(1, place.num_threads // num_experts)
     config = MorayConfig.from_mapping(
         {
             "model": model,
             "name": "moray-bench",
             "compute": {"dtype": place.dtype},
             "kv": {"page_tokens": PAGE_TOKENS},
-            "expert": {"replicas": num_experts, "num_threads": place.num_threads},
-            "prefill": group,
-            "decode": group,
+            "expert": {"replicas": num_experts, "num_threads": expert_threads},
+            "prefill": {"replicas": 0},
+            "decode": {"replicas": 0},
+            "both": place.group().model_dump() | {"replicas": 1},
             "router": {"grpc_port": 0, "http_port": 0},
         }
     )

@@ -67,6 +67,7 @@ class ExpertDispatcher:
         self._changed = threading.Condition()
         self._newest: RoutingTable | None = None
         self._in_force: RoutingTable | None = None
+        self._next_table: Future[None] = Future()
         self._probes: dict[str, _Probe] = {}
         self._hidden_size = 0
         """D of the rows seen last."""
@@ -76,6 +77,8 @@ class ExpertDispatcher:
         with self._changed:
             self._newest = table
             self._changed.notify_all()
+            arrived, self._next_table = self._next_table, Future()
+        arrived.set_result(None)
 
     def adopt_table(self) -> None:
         """Puts the newest table in force and looks after quarantined workers; called between steps.
@@ -107,11 +110,15 @@ class ExpertDispatcher:
             raise NotReady(_NO_TABLE)
         return self._in_force
 
-    def newest_table(self, *, above: int, wait_s: float) -> RoutingTable:
-        """The newest table, for rows that are sent again; waits at most `wait_s` for one above a version."""
+    def newest_table(self) -> RoutingTable:
+        """The newest table, for rows that are sent again; that in force while none has come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._newest is not None and self._newest.version > above, wait_s)
             return self._newest or self.table_in_force()
+
+    def next_table(self) -> "Future[None]":
+        """Done when a table comes that is newer than the newest now."""
+        with self._changed:
+            return self._next_table
 
     def loads_of(self, table: RoutingTable) -> WorkerLoads:
         """What the book says of a table's workers."""

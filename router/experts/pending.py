@@ -6,10 +6,11 @@ first, the attempt or its rescue, gives the rows, and the other is forgotten.
 """
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +45,12 @@ class _Attempt:
     """When its answer came; written by the transport's thread, read by the engine's."""
     is_over: bool = False
     """Whether its own answer was looked at."""
+    error: MorayError | None = None
+    """Why its rows are sent elsewhere."""
+    retry_at_s: float | None = None
+    """While nobody is trusted: when everyone is tried."""
+    parked_version: int = 0
+    """Newest table then."""
     rescue: "list[_Attempt] | None" = None
     parts: list[Part] | None = None
     """Its rows' sums, once they are there."""
@@ -51,6 +58,14 @@ class _Attempt:
     def on_answered(self, _: "Future[Frame]") -> None:
         """Its answer has come, however much later it is looked at."""
         self.answered_s = time.monotonic()
+
+    def next_moment_s(self) -> float:
+        """When something is to be done about it without an answer."""
+        if self.rescue is not None:
+            return float("inf")
+        if self.error is None:
+            return self.until_s
+        return float("inf") if self.retry_at_s is None else self.retry_at_s
 
 
 class PendingDispatch:
@@ -67,6 +82,7 @@ class PendingDispatch:
         self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
         self._began_s = time.monotonic()
         self._num_nonsense = 0
+        self._last_error: MorayError | None = None
         table = dispatcher.table_in_force()
         loads = dispatcher.loads_of(table)
         if not loads.is_usable_W.any():
@@ -83,30 +99,36 @@ class PendingDispatch:
         """
         total_TD = np.zeros(self._x_TD.shape, dtype=np.float64)
         combine_s = 0.0
-        for attempt in self._attempts:
-            parts = self._settle(attempt)
+        waiting = deque(self._attempts)
+        while waiting:
+            found = [self._poll(attempt) for attempt in waiting]
             began_s = time.monotonic()
-            for call, sums_RD in parts:
-                add_partial(total_TD, call, sums_RD)
+            # In the order of the calls: rounded sums depend on it.
+            while waiting and (parts := waiting[0].parts) is not None:
+                waiting.popleft()
+                for call, sums_RD in parts:
+                    add_partial(total_TD, call, sums_RD)
             combine_s += time.monotonic() - began_s
+            if None in found:
+                self._wait(waiting)
         self._metrics.histogram("combine_seconds").observe(combine_s)
         self._metrics.histogram("dispatch_seconds").observe(time.monotonic() - self._began_s)
         return total_TD.astype(np.float32)
 
-    def _settle(self, attempt: _Attempt) -> list[Part]:
-        while (parts := self._poll(attempt)) is None:
-            self._wait(attempt)
-        return parts
-
-    def _wait(self, attempt: _Attempt) -> None:
-        """Until something can have changed: an answer, or an attempt that is late."""
-        open_attempts = list(_open_attempts(attempt))
+    def _wait(self, waiting: Iterable[_Attempt]) -> None:
+        """Until something can have changed: an answer, a late attempt, a table for what is parked."""
+        open_attempts = [one for attempt in waiting for one in _open_attempts(attempt)]
         if self._left_s() <= 0:
-            raise self._no_answer(attempt.call.worker_id)
-        late_s = min((one.until_s for one in open_attempts if one.rescue is None), default=float("inf"))
+            raise next(
+                (one.error for one in open_attempts if one.error is not None), None
+            ) or self._no_answer(open_attempts[0].call.worker_id)
+        moments_s = [one.next_moment_s() for one in open_attempts]
+        answers: list[Future[Any]] = [one.answer for one in open_attempts if not one.is_over]
+        if any(one.retry_at_s is not None for one in open_attempts):
+            answers.append(self._dispatcher.next_table())
         wait(
-            [one.answer for one in open_attempts],
-            timeout=max(0.0, min(late_s - time.monotonic(), self._left_s())),
+            answers,
+            timeout=max(0.0, min(min(moments_s) - time.monotonic(), self._left_s())),
             return_when=FIRST_COMPLETED,
         )
 
@@ -117,9 +139,11 @@ class PendingDispatch:
         if not attempt.is_over and attempt.answer.done():
             attempt.is_over = True
             attempt.parts = self._read(attempt)
-        elif not attempt.is_over and attempt.rescue is None and time.monotonic() >= attempt.until_s:
+        elif not attempt.is_over and attempt.error is None and time.monotonic() >= attempt.until_s:
+            attempt.error = self._no_answer(attempt.call.worker_id)
             self._on_failure(attempt.call, reason="late")
-            attempt.rescue = self._resend(attempt, self._no_answer(attempt.call.worker_id))
+        if attempt.parts is None and attempt.error is not None and attempt.rescue is None:
+            attempt.rescue = self._resend(attempt, attempt.error)
         if attempt.parts is None and attempt.rescue is not None:
             found = [self._poll(child) for child in attempt.rescue]
             whole = [part for parts in found if parts is not None for part in parts]
@@ -133,8 +157,7 @@ class PendingDispatch:
             sums_RD = self._check(reply, attempt)
         except MorayError as error:
             self._on_error(attempt, error)
-            if attempt.rescue is None:
-                attempt.rescue = self._resend(attempt, error)
+            attempt.error = self._last_error = error
             return None
         call = attempt.call
         # A waiter can be quicker than the callback that notes the time: then it is now.
@@ -191,8 +214,11 @@ class PendingDispatch:
         self._metrics.counter("dispatch_retries_total", reason=reason).inc()
         self._book.on_failure(call.worker_id, now_s=time.monotonic())
 
-    def _resend(self, attempt: _Attempt, error: MorayError) -> list[_Attempt]:
+    def _resend(self, attempt: _Attempt, error: MorayError) -> list[_Attempt] | None:
         """The attempt's rows, planned on the newest table over the workers that are trusted now.
+
+        None = nobody is trusted: they are parked until a newer table comes, or for a while, and then everyone
+        is tried.
 
         Raises:
             MorayError: the error that made it necessary, when there is no time left.
@@ -202,14 +228,17 @@ class PendingDispatch:
         depth = attempt.depth + 1
         if _lacks_expert(attempt, error):
             return [self._send(replace(attempt.call, may_load=True), attempt.table_version, depth=depth)]
-        table = self._dispatcher.newest_table(above=0, wait_s=0)
+        table = self._dispatcher.newest_table()
         loads = self._dispatcher.loads_of(table)
         if not loads.is_usable_W.any():
-            wait_s = min(_NEWER_TABLE_S * 2**attempt.depth, _LONGEST_WAIT_S, self._left_s())
-            table = self._dispatcher.newest_table(above=table.version, wait_s=wait_s)
-            loads = self._dispatcher.loads_of(table)
-        if not loads.is_usable_W.any():
+            now_s = time.monotonic()
+            if attempt.retry_at_s is None:
+                wait_s = min(_NEWER_TABLE_S * 2**attempt.depth, _LONGEST_WAIT_S)
+                attempt.retry_at_s, attempt.parked_version = now_s + wait_s, table.version
+            if now_s < attempt.retry_at_s and table.version == attempt.parked_version:
+                return None
             loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
+        attempt.retry_at_s = None
         plan = plan_dispatch(attempt.call.assignments(), table, layer_idx=self._layer_idx, loads=loads)
         return [self._send(call, plan.table_version, depth=depth) for call in plan.calls]
 
@@ -244,10 +273,10 @@ def _lacks_expert(attempt: _Attempt, error: MorayError) -> bool:
 
 
 def _open_attempts(attempt: _Attempt) -> Iterator[_Attempt]:
-    """Those of an attempt and its rescues whose answers may still come."""
+    """Those of an attempt and its rescues whose answers may still come, or whose rows are parked."""
     if attempt.parts is not None:
         return
-    if not attempt.is_over:
+    if not attempt.is_over or attempt.rescue is None:
         yield attempt
     for child in attempt.rescue or ():
         yield from _open_attempts(child)

@@ -12,6 +12,8 @@ worker 0: worker 0 gets 3 rows and worker 1 gets 7, so that each has 7 before it
 A assignments (token, expert pairs), E experts, M most copies of an expert, W workers.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,50 +67,62 @@ def choose_replicas(
 
 
 def _fill(routes: LayerRoutes, expert_idx_A: Ints, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
-    level_W = loads.backlog_W.astype(np.float64)
-    worker_A = np.empty(len(expert_idx_A), dtype=np.int64)
-    may_load_A = np.zeros(len(expert_idx_A), dtype=bool)
+    """In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself."""
+    usable, level_W, cost_W = loads.is_usable_W.tolist(), loads.backlog_W.tolist(), loads.row_cost_W.tolist()
     order_A = np.lexsort((token_idx_A, expert_idx_A))
     experts, begins, counts = np.unique(expert_idx_A[order_A], return_index=True, return_counts=True)
+    first_tokens = token_idx_A[order_A[begins]].tolist()
+    worker_of_parts: list[tuple[list[int], list[int]]] = []
     several = []
-    for expert, begin, count in zip(experts.tolist(), begins.tolist(), counts.tolist(), strict=True):
-        rows = order_A[begin : begin + count]
-        copies = routes.copies_of(expert, row_idx=int(token_idx_A[rows[0]]))
-        copies = copies[loads.is_usable_W[copies]]
+    stand_ins = []
+    chosen = zip(experts.tolist(), counts.tolist(), first_tokens, strict=True)
+    for idx, (expert, count, token) in enumerate(chosen):
+        copies = [w for w in routes.copies_of(expert, row_idx=token + expert) if usable[w]]
+        if not copies:
+            copies = [_stand_in(expert, usable)]
+            stand_ins.append(expert)
         if len(copies) > 1:
-            several.append((len(copies), -count, expert, rows, copies))
-            continue
-        if len(copies) == 0:
-            copies = _stand_in(expert, loads.is_usable_W)
-            may_load_A[rows] = True
-        worker_A[rows] = copies[0]
-        level_W[copies[0]] += count * loads.row_cost_W[copies[0]]
-    for _, _, _, rows, copies in sorted(several, key=lambda item: item[:3]):
-        parts = _pour(len(rows), level_W[copies], loads.row_cost_W[copies])
-        worker_A[rows] = np.repeat(copies, parts)
-        level_W[copies] += parts * loads.row_cost_W[copies]
-    return ReplicaChoice(worker_A=worker_A, may_load_A=may_load_A)
+            several.append((len(copies), -count, idx, copies))
+        else:
+            level_W[copies[0]] += count * cost_W[copies[0]]
+        worker_of_parts.append((copies[:1], [count]))
+    for _, count, idx, copies in sorted(several):
+        parts = _pour(-count, [level_W[w] for w in copies], [cost_W[w] for w in copies])
+        worker_of_parts[idx] = (copies, parts)
+        for worker_idx, part in zip(copies, parts, strict=True):
+            level_W[worker_idx] += part * cost_W[worker_idx]
+    workers = [worker_idx for copies, _ in worker_of_parts for worker_idx in copies]
+    worker_A = np.empty(len(expert_idx_A), dtype=np.int64)
+    worker_A[order_A] = np.repeat(workers, [part for _, parts in worker_of_parts for part in parts])
+    return ReplicaChoice(worker_A=worker_A, may_load_A=np.isin(expert_idx_A, stand_ins))
 
 
-def _stand_in(expert: int, is_usable_W: Bools) -> Ints:
+def _stand_in(expert: int, usable: Sequence[bool]) -> int:
     """The usable worker that every dispatcher would choose for an expert without a copy."""
-    usable: Ints = np.flatnonzero(is_usable_W)
-    return usable[[expert % len(usable)]]
+    workers = [worker_idx for worker_idx, is_usable in enumerate(usable) if is_usable]
+    return workers[expert % len(workers)]
 
 
-def _pour(num_rows: int, level_M: Floats, cost_M: Floats) -> Ints:
-    """(M,) rows for each copy, so that the highest level is as low as can be, within one row.
+def _pour(num_rows: int, levels: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """Rows for each copy, so that the highest level is as low as can be, within one row.
 
     Example: 10 rows over the levels 4 and 0, each row costs 1: 3 and 7. One row over equal levels: the first.
     """
-    order = np.argsort(level_M, kind="stable")
-    level, speed = level_M[order], 1.0 / cost_M[order]
-    # With the first k copies filled to one height h, sum of (h - level) * speed is the number of rows.
-    height = (num_rows + np.cumsum(level * speed)) / np.cumsum(speed)
-    num_filled = int(np.flatnonzero(height >= level)[-1]) + 1
-    given = np.maximum(height[num_filled - 1] - level[:num_filled], 0.0) * speed[:num_filled]
-    ends = np.ceil(np.cumsum(given) - _ROUNDING).astype(np.int64)
-    ends[-1] = num_rows
-    parts = np.zeros(len(level_M), dtype=np.int64)
-    parts[order[:num_filled]] = np.diff(ends, prepend=0)
+    order = sorted(range(len(levels)), key=levels.__getitem__)
+    # With the first k copies filled to one height h, sum of (h - level) / cost is the number of rows.
+    height, volume, speed = 0.0, float(num_rows), 0.0
+    filled: list[int] = []
+    for copy in order:
+        if filled and levels[copy] > height:
+            break
+        filled.append(copy)
+        volume += levels[copy] / costs[copy]
+        speed += 1.0 / costs[copy]
+        height = volume / speed
+    parts = [0] * len(levels)
+    total, given = 0.0, 0
+    for copy in filled:
+        total += (height - levels[copy]) / costs[copy]
+        end = num_rows if copy == filled[-1] else math.ceil(total - _ROUNDING)
+        parts[copy], given = end - given, end
     return parts

@@ -43,21 +43,22 @@ class LayerRoutes:
     num_copies_E: Ints
     """(E,) replicas of each expert, 1 to M."""
 
-    def copies_of(self, expert_idx: int, *, row_idx: int) -> Ints:
-        """(m,) workers that hold an expert, first the one that the shares choose for a row.
+    copies_E: tuple[tuple[int, ...], ...]
+    """For each expert the workers that hold it."""
+
+    def copies_of(self, expert_idx: int, *, row_idx: int) -> tuple[int, ...]:
+        """The workers that hold an expert, first the one that the shares choose for a row.
 
         A row's point in [0, 1) is the fractional part of row * golden ratio: spread evenly over any run of
         rows. With shares 0.5 and 0.5, rows 0, 1, 2, 3 have the points 0.00, 0.62, 0.24, 0.85 and begin with
         the replicas 0, 1, 0, 1.
         """
-        num_copies = int(self.num_copies_E[expert_idx])
-        copies: Ints = self.worker_EM[expert_idx, :num_copies]
-        if num_copies == 1:
+        copies = self.copies_E[expert_idx]
+        if len(copies) == 1:
             return copies
-        first = int(
-            np.searchsorted(self.threshold_EM[expert_idx, :num_copies], row_idx * _GOLDEN % 1.0, "right")
-        )
-        return np.roll(copies, -min(first, num_copies - 1))
+        point = row_idx * _GOLDEN % 1.0
+        first = int(np.searchsorted(self.threshold_EM[expert_idx, : len(copies) - 1], point, "right"))
+        return copies[first:] + copies[:first]
 
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -137,6 +138,7 @@ def _build_layer(
         worker_EM=worker_EM,
         threshold_EM=threshold_EM,
         num_copies_E=np.array([len(copies) for copies in by_expert], dtype=np.int64),
+        copies_E=tuple(tuple(copy.worker_idx for copy in copies) for copies in by_expert),
     )
 
 

@@ -43,15 +43,15 @@ def test_table_does_not_change_within_a_step() -> None:
     assert it.metric("table_version") == 2
 
 
-@pytest.mark.parametrize(
-    ("published", "waited_s"), [(1.25, 1.25), (3.0, 2.0)], ids=["comes in time", "comes too late"]
-)
-def test_newer_table_is_waited_for_no_longer_than_asked(published: float, waited_s: float) -> None:
+def test_next_table_is_done_when_a_newer_one_comes_and_only_then() -> None:
     with lab(table=two_workers(1)) as it:
-        it.clock.after(published, lambda: it.dispatcher.set_table(two_workers(2)))
-        got = it.dispatcher.newest_table(above=1, wait_s=2.0)
-        assert it.clock.now_s == 100.0 + waited_s
-    assert got.version == (2 if published < 2 else 1)
+        arrives = it.dispatcher.next_table()
+        assert not arrives.done()
+        it.dispatcher.set_table(two_workers(2))
+        assert arrives.done()
+        assert it.dispatcher.newest_table().version == 2
+        assert it.dispatcher.table_in_force().version == 1
+        assert not it.dispatcher.next_table().done()
 
 
 def test_loads_are_what_the_book_says_in_the_order_of_the_table() -> None:
