@@ -111,8 +111,8 @@ class Controller:
     async def on_report(self, member_id: str, table_version: int) -> None:
         """An attention worker says which table it uses, so that what only older ones name can be freed."""
         self._reported_s[member_id] = time.monotonic()
-        self._state.on_report(member_id, table_version)
-        await self._rollout.follow_up()
+        if self._state.on_report(member_id, table_version):
+            await self._rollout.follow_up()
 
     async def scale(self, role: str, num_workers: int) -> int:
         """Has a role so many members; returns the table's version when they work and the others have left.

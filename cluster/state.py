@@ -88,11 +88,15 @@ class ClusterState:
         elif lost.role in ATTENTION_ROLES:
             self.tables.on_reader_lost(worker_id)
 
-    def on_report(self, member_id: str, table_version: int) -> None:
-        """An attention worker says which table it uses; nothing is believed of one that does not run."""
+    def on_report(self, member_id: str, table_version: int) -> bool:
+        """An attention worker says which table it uses; nothing is believed of one that does not run.
+
+        Returns:
+            Whether that is news.
+        """
         member = self._members.get(member_id)
-        if member is not None and member.role in ATTENTION_ROLES and member.address:
-            self.tables.on_reader(member_id, table_version)
+        is_running = member is not None and member.role in ATTENTION_ROLES and bool(member.address)
+        return is_running and self.tables.on_reader(member_id, table_version)
 
     def is_prepared(self, worker_id: str) -> bool:
         """Whether an expert worker holds all that a placement gives it."""

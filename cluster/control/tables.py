@@ -60,6 +60,8 @@ class TableLife:
         """Version -> what it names of each worker; of every table that may be in use."""
         self._copies: Copies = {}
         self._version = 0
+        self._has_news = True
+        """Something happened since the last `renew` that may ask for another table."""
         self.table: RoutingTable | None = None
         """The newest table; None until every expert has been held by somebody."""
 
@@ -117,30 +119,35 @@ class TableLife:
         }
         self._shares = shares or {}
         self._failed.clear()
+        self._has_news = True
 
     def on_worker(self, worker_id: str, slots: Iterable[Slot], *, table_version: int) -> None:
         """A worker lives, and says what it holds and for which table it loaded it."""
         self._held[worker_id] = {slot.place: slot.slot_idx for slot in slots}
         self._loading.pop(worker_id, None)
         self._failed.discard(worker_id)
+        self._has_news = True
         self.on_version_seen(table_version)
 
     def on_worker_lost(self, worker_id: str) -> None:
         """A worker's process is gone, and with it all that it held."""
         self._held.pop(worker_id, None)
         self._loading.pop(worker_id, None)
+        self._has_news = True
 
     def on_loaded(self, order: LoadOrder) -> None:
         """A worker has carried an order out; says nothing when it was lost meanwhile."""
         if self._loading.get(order.worker_id) is order:
             del self._loading[order.worker_id]
             self._held[order.worker_id] = {slot.place: slot.slot_idx for slot in order.slots}
+            self._has_news = True
 
     def on_load_failed(self, order: LoadOrder) -> None:
         """A worker could not carry an order out: it holds what it held before."""
         if self._loading.get(order.worker_id) is order:
             del self._loading[order.worker_id]
             self._failed.add(order.worker_id)
+            self._has_news = True
 
     def retry(self, worker_id: str) -> None:
         """A worker may be given orders again after one that failed."""
@@ -150,10 +157,12 @@ class TableLife:
         """An attention worker runs: until it reports, it may use any table."""
         self._readers[member_id] = 0
 
-    def on_reader(self, member_id: str, table_version: int) -> None:
-        """An attention worker says which table it uses."""
+    def on_reader(self, member_id: str, table_version: int) -> bool:
+        """An attention worker says which table it uses; True when that is another one than before."""
+        is_new = self._readers.get(member_id) != table_version
         self._readers[member_id] = table_version
         self.on_version_seen(table_version)
+        return is_new
 
     def on_reader_lost(self, member_id: str) -> None:
         """An attention worker uses no table any more."""
@@ -165,6 +174,7 @@ class TableLife:
             epoch = table_version // _VERSIONS_OF_A_CONTROLLER + 1
             self._version = epoch * _VERSIONS_OF_A_CONTROLLER
             self._copies = {}
+            self._has_news = True
 
     # ---- decisions ----
 
@@ -174,6 +184,9 @@ class TableLife:
         While workers load, the table stays as it is, unless it names copies that are gone: then it is
         mended from whatever is held. Never while an expert would have no copy.
         """
+        if not self._has_news:
+            return False
+        self._has_news = False
         self._renew_rescue()
         copies = self._plan_copies()
         if copies is None or copies == self._copies:
@@ -204,6 +217,7 @@ class TableLife:
                 num_new=len(wanted - held.keys()),
             )
             self._loading[worker_id] = order
+            self._has_news = True
             orders.append(order)
         return orders
 
