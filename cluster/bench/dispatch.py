@@ -1,7 +1,8 @@
 """How long a dispatch travels when nobody computes: each transport beside what it cannot be quicker than.
 
 Same host: two copies of the bytes and two wake-ups of a process. gRPC: a bidirectional stream of plain bytes.
-All ways take turns in one run, with one other process at the other end of all of them.
+torch.distributed is shown without one. A way and its baseline take turns, round by round; one other process
+is at the far end of all of them.
 """
 
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from typing import Any
 import grpc
 import numpy as np
 
-from cluster.bench.dispatch_peer import HALF_BYTES, HANDSHAKE, PLAIN_METHOD, WAKE
+from cluster.bench.dispatch_peer import FORM_S, HALF_BYTES, HANDSHAKE, PLAIN_METHOD, WAKE, group_place
 from router.experts.connect import TransportKind, make_transport
 from router.experts.payload import RowForm, encode_rows
+from router.experts.torch_links import form_group, serve_store
+from router.experts.torch_transport import TorchExpertTransport
 from wire.frames import Frame, FrameKind
 from wire.metrics import Metrics
 from wire.proto import control_pb2
@@ -105,13 +108,19 @@ def measure_dispatch(*, num_rounds: int, on_progress: Callable[[int, int], None]
         for done, case in enumerate(CASES):
             on_progress(done, len(CASES))
             with ExitStack() as stack:
-                ways = {
-                    "two copies, two wake-ups": peer.copies(case),
-                    "local": peer.transport("local", case, stack),
-                    "plain gRPC stream": peer.plain_stream(case, stack),
-                    "grpc": peer.transport("grpc", case, stack),
-                }
-                cases[case.name] = _take_turns(ways, num_rounds=num_rounds)
+                groups: tuple[Mapping[str, RoundTrip], ...] = (
+                    {
+                        "two copies, two wake-ups": peer.copies(case),
+                        "local": peer.transport("local", case, stack),
+                    },
+                    {
+                        "plain gRPC stream": peer.plain_stream(case, stack),
+                        "grpc": peer.transport("grpc", case, stack),
+                    },
+                    {"torch (gloo)": peer.ranks(case)},
+                )
+                found = [_take_turns(ways, num_rounds=num_rounds) for ways in groups]
+            cases[case.name] = {name: times for part in found for name, times in part.items()}
         on_progress(len(CASES), len(CASES))
     return DispatchReport(machine=_machine(), rounds=num_rounds, cases=cases)
 
@@ -140,6 +149,7 @@ class _Peer:
     wake: socket.socket
     worker_address: str
     plain_address: str
+    group: TorchExpertTransport
 
     def copies(self, case: DispatchCase) -> RoundTrip:
         """This process copies and wakes, the other one copies and wakes."""
@@ -163,6 +173,11 @@ class _Peer:
         transport.update_members([member])
         frame = _call(case)
         return lambda: transport.send(_WORKER, frame).result(timeout=_ANSWER_S)
+
+    def ranks(self, case: DispatchCase) -> RoundTrip:
+        """A call in the static group of the two processes."""
+        frame = _call(case)
+        return lambda: self.group.send(_WORKER, frame).result(timeout=_ANSWER_S)
 
     def plain_stream(self, case: DispatchCase, stack: ExitStack) -> RoundTrip:
         """As many bytes through a stream of gRPC."""
@@ -201,7 +216,8 @@ def _peer(cpu: int) -> Iterator[_Peer]:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     file = os.memfd_create("moray-bench")
     os.ftruncate(file, 2 * HALF_BYTES)
-    arguments = [str(file), str(far.fileno()), str(cpu)]
+    store = serve_store()
+    arguments = map(str, (file, far.fileno(), cpu, store.port))
     command = [sys.executable, "-m", "cluster.bench.dispatch_peer", *arguments]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(file, far.fileno())
@@ -212,12 +228,15 @@ def _peer(cpu: int) -> Iterator[_Peer]:
         addresses = json.loads(process.stdout.readline())
         memory = mmap.mmap(file, 2 * HALF_BYTES)
         os.close(file)
-        with near:
+        links = form_group(group_place(1, store_port=store.port), wait_s=FORM_S)
+        group = TorchExpertTransport(links, ranks={_WORKER: 0}, metrics=Metrics("attention"))
+        with near, closing(group):
             yield _Peer(
                 memory=memory,
                 wake=near,
                 worker_address=addresses["worker"],
                 plain_address=addresses["plain"],
+                group=group,
             )
         process.stdin.close()
 

@@ -1,9 +1,10 @@
 """The other process of `moray bench dispatch`: answers at once, without arithmetic, in every way measured.
 
-    python -m cluster.bench.dispatch_peer MEMORY_FILE WAKE_SOCKET CPU
+    python -m cluster.bench.dispatch_peer MEMORY_FILE WAKE_SOCKET CPU STORE_PORT
 
-The numbers are files that the caller opened, shared memory and a socket of messages, and where to run. Writes
-the addresses of its servers to stdout as a line of JSON and ends when its stdin does.
+The numbers are files that the caller opened (shared memory, a socket of messages), where to run, and where a
+group of two ranks meets. Writes the addresses of its servers to stdout as a line of JSON, joins the group and
+ends when its stdin does.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
+from router.experts.torch_links import GroupPlace, form_group
 from wire.frames import Array, Frame, FrameKind
 from wire.handshake import Handshake
 from wire.metrics import Metrics
@@ -30,6 +32,7 @@ from wire.rpc import SERVER_OPTIONS
 from workers.expert.call_queue import CallQueue
 from workers.expert.forward_stream import ForwardStream
 from workers.expert.local_server import LocalServer
+from workers.expert.torch_server import TorchServer
 
 HOST = "127.0.0.1"
 HANDSHAKE = Handshake(model="")
@@ -38,6 +41,15 @@ WAKE = struct.Struct("<QQ")
 """Bytes that were copied into the shared memory, and bytes to copy back behind them."""
 HALF_BYTES = 1 << 24
 """Of the shared memory: there, and back."""
+
+
+FORM_S = 60
+"""Until the group of the two processes has formed."""
+
+
+def group_place(rank: int, *, store_port: int) -> GroupPlace:
+    """Rank 0 answers, rank 1 calls."""
+    return GroupPlace(rank=rank, num_ranks=2, store_host=HOST, store_port=store_port)
 
 
 class Answers:
@@ -96,7 +108,7 @@ def start_plain() -> tuple[grpc.Server, str]:
     return server, address
 
 
-async def serve(wait_end: Callable[[], object]) -> None:
+async def serve(wait_end: Callable[[], object], *, store_port: int) -> None:
     """Runs every server until `wait_end` returns."""
     queue = CallQueue(Answers(), start=lambda: None, metrics=Metrics("expert"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
@@ -108,14 +120,17 @@ async def serve(wait_end: Callable[[], object]) -> None:
     plain, plain_address = start_plain()
     sys.stdout.write(json.dumps({"worker": address, "plain": plain_address}) + "\n")
     sys.stdout.flush()
+    links = await asyncio.to_thread(form_group, group_place(0, store_port=store_port), wait_s=FORM_S)
+    ranks = TorchServer(links, ranks=[1], submit=partial(queue.submit, may_compute=True))
     await asyncio.to_thread(wait_end)
+    ranks.close()
     plain.stop(None)
     await server.stop(None)
     await asyncio.to_thread(local.close)
     queue.close()
 
 
-def main(memory_file: int, wake_file: int, cpu: int) -> None:
+def main(memory_file: int, wake_file: int, cpu: int, store_port: int) -> None:
     """Serves until stdin ends."""
     os.sched_setaffinity(0, {cpu})
     memory = mmap.mmap(memory_file, 2 * HALF_BYTES)
@@ -123,7 +138,7 @@ def main(memory_file: int, wake_file: int, cpu: int) -> None:
         target=answer_wakes, args=(memory, socket.socket(fileno=wake_file)), daemon=True
     )
     waking.start()
-    asyncio.run(serve(sys.stdin.read))
+    asyncio.run(serve(sys.stdin.read, store_port=store_port))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 import grpc
 
+from router.experts.torch_links import GroupPlace, TorchLinks, form_group, serve_store
 from wire.frames import Frame, decode_frame, encode_frame
 from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS
 from wire.same_host import Block, Message, listen_local, receive, receive_handshake, send_message
 
 HOST = "127.0.0.1"
+ANSWER_S = 20
 
 
 class Link(Protocol):
@@ -173,7 +175,51 @@ class _LocalLink:
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
-FAKES: dict[str, Callable[..., FakeWorker]] = {"grpc": GrpcFake, "local": LocalFake}
+class TorchFake:
+    """One rank of a group of two, whose other is the transport under test."""
+
+    def __init__(self, behaviour: Behaviour, *, port: int = 0) -> None:
+        assert not port, "a lost rank stays lost"
+        self._behaviour = behaviour
+        self.store = serve_store()
+        self.address = f"{HOST}:{self.store.port}"
+        with ThreadPoolExecutor(2) as pool:
+            own, theirs = (pool.submit(form_group, self._place(rank), wait_s=30) for rank in range(2))
+            link, self.caller_links = _TorchLink(own.result()), theirs.result()
+        self._thread = threading.Thread(target=self._read, args=(link,), daemon=True)
+        self._thread.start()
+
+    def _place(self, rank: int) -> GroupPlace:
+        return GroupPlace(rank=rank, num_ranks=2, store_host=HOST, store_port=self.store.port)
+
+    def _read(self, link: "_TorchLink") -> None:
+        while link.links is not None and (data := link.links.calls.receive(1)):
+            self._behaviour(link, decode_frame(data))
+        link.end()
+
+    def stop(self) -> None:
+        self._thread.join(ANSWER_S)
+
+
+class _TorchLink:
+    def __init__(self, links: TorchLinks) -> None:
+        self.links: TorchLinks | None = links
+        self._has_ended = False
+
+    def answer(self, call: Frame, data: bytes) -> None:
+        assert self.links is not None
+        self.links.answers.send(1, data)
+
+    def end(self) -> None:
+        if self.links is not None and not self._has_ended:
+            self._has_ended = True
+            self.links.answers.send(1, b"")
+
+    def hang_up(self) -> None:
+        self.links = None  # as a process that dies: its connections are closed
+
+
+FAKES: dict[str, Callable[..., FakeWorker]] = {"grpc": GrpcFake, "local": LocalFake, "torch": TorchFake}
 
 
 def answer(link: Link, call: Frame, reply: Frame) -> None:
