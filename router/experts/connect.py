@@ -20,7 +20,8 @@ def make_transport(kind: TransportKind, handshake: Handshake, metrics: Metrics) 
     """The transport of an attention worker.
 
     Args:
-        kind: auto = shared memory to workers on this host, gRPC to all others and where that cannot be had.
+        kind: auto = shared memory to workers on this host, gRPC to all others; local = shared memory to
+            whoever listens on this host; both take gRPC where that cannot be had, and count it.
         handshake: what the worker must agree with.
         metrics: of the attention worker.
     """
@@ -38,7 +39,7 @@ class _Connector:
         """Addresses that were logged; written by whoever connects, under the transport's lock."""
 
     def connect(self, worker_id: str, address: str) -> Peer:
-        """A stream to one worker; with `local`, one that has failed already if it is on another host."""
+        """A stream to one worker; with `local` every worker is tried as one of this host."""
         if self._kind == "grpc" or (self._kind == "auto" and not is_this_host(address)):
             return self._grpc(worker_id, address)
         try:

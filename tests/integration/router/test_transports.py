@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router.experts.connect import TransportKind, make_transport
+from router.experts.connect import TransportKind, is_this_host, make_transport
 from router.experts.payload import PayloadForms, encode_rows, encode_sums, read_forward, read_partial
 from router.experts.torch_transport import TorchExpertTransport
 from router.experts.transport import PeerTransport
@@ -366,3 +366,30 @@ def test_call_to_a_worker_that_reads_nothing_does_not_block(lab: Lab) -> None:
     may_read.set()
     lab.transport.close()
     assert {error_of(future).is_retryable for future in futures} == {True}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fake", "num_fallbacks"), [("local", 0), ("grpc", 1)], ids=["socket there", "socket not there"]
+)
+@pytest.mark.parametrize("kind", ["auto", "local"])
+def test_worker_of_this_host_is_reached_through_its_socket_or_else_over_grpc(
+    kind: TransportKind, fake: str, num_fallbacks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where one of them listens, the other does not."""
+    lab = Lab(kind)
+    lab.kind = fake
+    lab.start("a")
+    for seed in range(3):
+        assert lab.send(call_frame(seed)).result(timeout=ANSWER_S).layer_idx == seed
+    name = "moray_attention_dispatch_fallbacks_total"
+    assert lab.metrics.registry.get_sample_value(name) == num_fallbacks
+    assert caplog.text.count("is reached over gRPC") == num_fallbacks
+    lab.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "is_here"), [("127.0.0.1:50", True), ("[::1]:50", None), ("192.0.2.7:50", False)]
+)
+def test_address_of_this_host_is_told_from_others(address: str, is_here: bool | None) -> None:
+    """192.0.2.0/24 is nobody's; whether there is IPv6 depends on the host, but it must not raise."""
+    assert is_this_host(address) in ((True, False) if is_here is None else (is_here,))
