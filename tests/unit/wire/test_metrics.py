@@ -8,8 +8,12 @@ from prometheus_client import generate_latest
 from wire.metrics import METRICS, Kind, Metrics
 
 ROLES = ("router", "attention", "expert", "controller")
-LABELS = ("code", "role", "state", "phase", "direction", "reason", "result", "rank")
-UNITLESS_GAUGES = ("members", "requests", "pages", "version", "slots", "watchers", "ratio")
+LABELS = ("code", "role", "state", "phase", "direction", "reason", "result", "rank", "worker")
+"""A worker is one of the expert workers: as many as the cluster has."""
+UNITLESS_GAUGES = (
+    *("members", "requests", "pages", "version", "slots", "watchers", "workers"),
+    *("ratio", "share", "score", "on"),
+)
 
 
 @pytest.mark.parametrize("spec", METRICS, ids=lambda spec: spec.name)
