@@ -28,6 +28,9 @@ from wire.proto import expert_pb2
 
 _log = logging.getLogger(__name__)
 
+_REST = 9.0
+"""Rest after a step, in times of what it took: loading shares processors with those who compute tokens."""
+
 
 class Balancer:
     """The controller's balancing; on its loop. Planning runs in a thread: it can take seconds."""
@@ -139,7 +142,8 @@ class Balancer:
         self._metrics.counter("moves_total").inc(num_moved)
         self._metrics.counter("moved_bytes_total").inc(num_moved * self._expert_bytes)
         budget_s = num_moved * self._expert_bytes / self._config.bytes_per_s
-        await asyncio.sleep(max(0.0, began_s + budget_s - time.monotonic()))
+        took_s = time.monotonic() - began_s
+        await asyncio.sleep(max(budget_s - took_s, _REST * took_s))
         return num_moved
 
     def _fold(self) -> Loads:

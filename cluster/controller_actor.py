@@ -1,6 +1,7 @@
 """The controller's Ray actor: a thread with an asyncio loop, so that a restart needs nobody to start it."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from wire.metrics import Metrics
 from wire.proto import control_pb2
 
 _FAREWELL_S = 1.0
+_NICENESS = 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class ControllerActor:
 
     def __init__(self, spec: ControllerSpec) -> None:
         configure_logging(spec.config.log_level, role="controller", member_id="controller")
+        # Planning must not take a processor from those who compute tokens.
+        os.nice(_NICENESS)
         self._spec = spec
         self._controller: Controller | None = None
         self._ended = threading.Event()
