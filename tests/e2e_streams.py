@@ -19,8 +19,14 @@ class Answers:
 
     num_done: int = 0
     wrong: list[str] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    """Between two messages of a stream."""
     longest_gap_s: float = 0.0
-    """Between two messages of a stream, or its start and the first."""
+    """The longest of them, or from a stream's start to its first message."""
+
+    def p99_gap_s(self) -> float:
+        """Ninety-nine of a hundred gaps were shorter."""
+        return sorted(self.gaps_s)[int(len(self.gaps_s) * 0.99)]
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Load:
         async for message in client.stream(prompt, options):
             now_s = time.monotonic()
             answers.longest_gap_s = max(answers.longest_gap_s, now_s - last_s)
+            if tokens:
+                answers.gaps_s.append(now_s - last_s)
             last_s = now_s
             assert message.first_idx == len(tokens)
             tokens += message.token_ids

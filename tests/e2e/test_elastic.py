@@ -1,12 +1,18 @@
 """A running cluster grows, shrinks and moves experts under streams that notice nothing."""
 
+import asyncio
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from e2e_cluster import Running, end
+from e2e_cluster import Running, end, wait_until
+from e2e_streams import Load, make_load
+
+from cluster.client import rebalance
+from wire.proto import control_pb2
 
 PROMPTS = [[11 + idx, 12, 13] for idx in range(4)]
 LENGTH = ("--max-tokens", "600")
@@ -44,6 +50,45 @@ def test_sizes_and_places_change_under_streams_and_no_answer_does(elastic: Runni
         "expert-1",
     ]
     assert status["waiting_for"] == ""
+
+
+def replan(running: Running, seed: int) -> int:
+    """Moves experts to where made-up loads would have them; how many moved."""
+    address = running.shell.members()["controller"]["address"]
+    request = control_pb2.RebalanceRequest(force=True, seed=seed)
+    return asyncio.run(rebalance(address, request, deadline_s=60)).num_moved
+
+
+@pytest.fixture
+def load(elastic: Running) -> Load:
+    return make_load(elastic.shell.members()["router-0"]["address"])
+
+
+def test_replans_in_a_row_change_no_answer(elastic: Running, load: Load) -> None:
+    expected, _ = load.expected()
+    with load.running(expected) as answers:
+        wait_until(lambda: answers.num_done >= 2, what="streams to run")
+        assert sum(replan(elastic, seed) for seed in range(1, 6)) > 0
+        done = answers.num_done
+        wait_until(lambda: answers.num_done >= done + 2, what="streams to go on")
+    assert answers.wrong == []
+
+
+@pytest.mark.slow
+def test_fifty_replans_in_a_row_slow_nobody_down(elastic: Running, load: Load) -> None:
+    """Five turns of streams alone and of ten re-plans under streams; p99 of the gaps of each kind."""
+    expected, _ = load.expected()
+    ratios = []
+    for turn in range(5):
+        with load.running(expected) as alone:
+            wait_until(lambda: alone.num_done >= 64, what="streams alone")
+        with load.running(expected) as moved:
+            num_moved = sum(replan(elastic, 1 + 10 * turn + i) for i in range(10))
+            wait_until(lambda: moved.num_done >= 64, what="streams beside moves")
+        assert alone.wrong == moved.wrong == []
+        assert num_moved > 0
+        ratios.append(moved.p99_gap_s() / alone.p99_gap_s())
+    assert statistics.median(ratios) <= 1.1, ratios
 
 
 def test_decode_workers_come_and_go_under_streams(elastic: Running) -> None:
