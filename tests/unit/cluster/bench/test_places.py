@@ -84,12 +84,15 @@ def test_process_raises_what_a_prompt_failed_with_and_ends_its_thread() -> None:
 
 
 def test_cluster_is_configured_as_the_place_and_ended(cluster: FakeCluster) -> None:
-    with in_cluster("nano", PLACE, num_experts=3):
+    place = replace(PLACE, num_threads=6)
+    with in_cluster("nano", place, num_experts=3):
         assert cluster.num_stops == 0
     assert cluster.num_stops == 1
     (config,) = cluster.configs
     assert (config.model, config.compute.dtype, config.expert.replicas) == ("nano", "int8", 3)
-    assert config.prefill == config.decode == PLACE.group().model_copy(update={"replicas": 1})
+    assert config.both == place.group().model_copy(update={"replicas": 1})
+    assert config.prefill.replicas == config.decode.replicas == 0
+    assert config.expert.num_threads == 2
 
 
 def test_cluster_without_a_router_is_ended(cluster: FakeCluster) -> None:
