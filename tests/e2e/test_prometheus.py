@@ -65,8 +65,8 @@ def test_every_declared_metric_arrives_after_a_request(prometheus: str, cluster:
 
     def missing() -> list[str]:
         suffix = {Kind.HISTOGRAM: "_count", Kind.COUNTER: "", Kind.GAUGE: ""}
-        # A labelled metric has no sample before its label is first used: those of failures stay absent, and that
-        # of re-plans until the load was looked at.
+        # A labelled metric has no sample before its label is first used: those of failures stay absent, and
+        # that of re-plans until the load was looked at.
         later = ("_refused_total", "_dropped_total", "_retries_total", "_restarts_total", "_replans_total")
         return [
             spec.name
