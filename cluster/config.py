@@ -57,6 +57,8 @@ class BalanceConfig(FrozenConfig):
     """Nothing moves before so many rows were counted, a row once for each of its experts."""
     bytes_per_s: float = Field(1e9, gt=0)
     """Weights that are loaded for moves, a second, over all workers."""
+    pause_s: float = Field(5.0, ge=0)
+    """Seconds from one step of a move to the next at least: every step takes some time from who computes."""
 
 
 class TopologyConfig(FrozenConfig):
