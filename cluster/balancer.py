@@ -28,9 +28,6 @@ from wire.proto import expert_pb2
 
 _log = logging.getLogger(__name__)
 
-_REST = 9.0
-"""Rest after a step, in times of what it took: loading shares processors with those who compute tokens."""
-
 
 class Balancer:
     """The controller's balancing; on its loop. Planning runs in a thread: it can take seconds."""
@@ -46,6 +43,8 @@ class Balancer:
         self._new_rows: dict[int, Floats] = {}
         """Rows since the window was folded last."""
         self._expert_bytes = 1
+        self._next_step_s = 0.0
+        """When the next step of a move may begin, on the monotonic clock."""
         self._moving = asyncio.Lock()
 
     def on_beat(self, report: expert_pb2.BeatReport) -> None:
@@ -125,7 +124,8 @@ class Balancer:
         return num_moved
 
     async def _take_step(self, placement: Placement, shares: Shares) -> int:
-        """Returns when a placement is in force, and the byte budget has room for the next."""
+        """Returns when a placement is in force; begins when the step before has been paid for."""
+        await asyncio.sleep(max(0.0, self._next_step_s - time.monotonic()))
         began_s = time.monotonic()
         tables = self._state.tables
         if set(placement) != set(tables.placement or ()):
@@ -142,8 +142,7 @@ class Balancer:
         self._metrics.counter("moves_total").inc(num_moved)
         self._metrics.counter("moved_bytes_total").inc(num_moved * self._expert_bytes)
         budget_s = num_moved * self._expert_bytes / self._config.bytes_per_s
-        took_s = time.monotonic() - began_s
-        await asyncio.sleep(max(budget_s - took_s, _REST * took_s))
+        self._next_step_s = began_s + max(budget_s, self._config.pause_s)
         return num_moved
 
     def _fold(self) -> Loads:

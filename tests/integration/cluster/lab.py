@@ -187,8 +187,9 @@ class Lab:
     def __init__(self, launcher: FakeLauncher, values: dict[str, Any]) -> None:
         timing = {"heartbeat_s": 0.05, "heartbeat_misses": 4, "restart_delay_s": 0.02, "reader_lease_s": 0.6}
         self.config = MorayConfig.from_mapping(
-            {"balance": {"enabled": False}, "prefill": {"replicas": 0}}
+            {"prefill": {"replicas": 0}}
             | values
+            | {"balance": {"enabled": False, "pause_s": 0} | values.get("balance", {})}
             | {"controller": timing | values.get("controller", {})}
         )
         self.launcher = launcher

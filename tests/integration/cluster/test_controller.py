@@ -128,6 +128,18 @@ def test_many_forced_moves_in_a_row() -> None:
     run(test())
 
 
+def test_steps_of_moves_are_a_pause_apart() -> None:
+    async def test() -> None:
+        async with running(THREE | {"balance": {"pause_s": 0.3}}) as lab:
+            await up(lab)
+            began_s = asyncio.get_running_loop().time()
+            for seed in (1, 2, 3):
+                await lab.stub.Rebalance(control_pb2.RebalanceRequest(force=True, seed=seed))
+            assert 0.6 <= asyncio.get_running_loop().time() - began_s < 5
+
+    run(test())
+
+
 def test_load_that_fails_takes_the_move_back() -> None:
     async def test() -> None:
         async with running(THREE) as lab:
