@@ -15,6 +15,7 @@ import ray.util
 from cluster.config import MorayConfig
 from cluster.logs import configure_logging
 from cluster.models import find_model
+from model.kernels.native.library import limit_spinning
 from wire.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ def _report(address: str, metrics_address: str, *, num_pages: int = 0) -> StartR
 
 
 def _make_server(spec: StartSpec, host: str) -> _Server:
+    # Threads that spin while expert workers on the same processors compute would take their time.
+    limit_spinning()
     # Imported here: only workers load torch, not the controller that also imports this module.
     from workers.attention.build import EngineConfig
     from workers.attention.server import AttentionServer, AttentionSettings

@@ -120,6 +120,14 @@ ARGUMENTS = {
 """Types of every function's arguments; none returns anything."""
 
 
+def limit_spinning() -> None:
+    """Has threads that wait for work sleep soon; a worker beside others calls it before it imports torch.
+
+    OpenMP's library is torch's own, and reads the environment once, when it is loaded.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+
+
 def load_library(variant: str | None = None) -> tuple[str, ctypes.CDLL] | None:
     """The name and the functions of the best library that is built and that this processor can run.
 
@@ -129,8 +137,7 @@ def load_library(variant: str | None = None) -> tuple[str, ctypes.CDLL] | None:
     Returns:
         None where nothing was built, or not that variant.
     """
-    # Read by the OpenMP library once, when the first kernel library brings it in; a value that is set stays.
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_ROUNDS)
+    limit_spinning()
     plain = _open("plain")
     if plain is None:
         return None
