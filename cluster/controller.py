@@ -18,7 +18,7 @@ from cluster.config import MorayConfig
 from cluster.control.heartbeat import Pulse
 from cluster.control.members import ATTENTION_ROLES, ELASTIC_ROLES, MemberState, role_of
 from cluster.control_server import ControlServer, Rebalanced
-from cluster.expert_link import ExpertLink, read_slots
+from cluster.expert_link import ExpertLink
 from cluster.launcher import Launcher
 from cluster.rollout import Rollout, cancel
 from cluster.state import ClusterState
@@ -26,6 +26,7 @@ from wire.errors import ClientError, ModelBroken, MorayError, WorkerLost
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import expert_pb2
+from workers.expert.types import slots_from_proto
 
 _log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class Controller:
         """Hears what an expert worker holds; returns when it holds what it should."""
         link = await self._rollout.connect(worker_id, address)
         held = await link.describe()
-        self._state.on_described(worker_id, read_slots(held), table_version=held.table_version)
+        self._state.on_described(worker_id, slots_from_proto(held.slots), table_version=held.table_version)
         self._rollout.unheard.discard(worker_id)
         await self._rollout.follow_up(has_news=True)
         failures = self._rollout.failures

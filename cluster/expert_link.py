@@ -7,7 +7,7 @@ from wire.errors import from_rpc
 from wire.handshake import Handshake
 from wire.proto import expert_pb2, expert_pb2_grpc
 from wire.rpc import CHANNEL_OPTIONS
-from workers.expert.types import Slot
+from workers.expert.types import slots_to_proto
 
 
 class ExpertLink:
@@ -29,11 +29,9 @@ class ExpertLink:
 
     async def load(self, order: LoadOrder) -> None:
         """Returns when the worker holds what it was ordered to."""
-        slots = [
-            expert_pb2.SlotAssignment(layer_idx=s.layer_idx, slot_idx=s.slot_idx, expert_idx=s.expert_idx)
-            for s in order.slots
-        ]
-        request = expert_pb2.LoadSlotsRequest(table_version=order.table_version, slots=slots)
+        request = expert_pb2.LoadSlotsRequest(
+            table_version=order.table_version, slots=slots_to_proto(order.slots)
+        )
         try:
             await self._stub.LoadSlots(request, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
@@ -51,8 +49,3 @@ class ExpertLink:
     async def close(self) -> None:
         """Ends the channel and every call on it."""
         await self._channel.close()
-
-
-def read_slots(report: expert_pb2.SlotReport) -> list[Slot]:
-    """The slots of a report."""
-    return [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in report.slots]

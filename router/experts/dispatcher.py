@@ -170,11 +170,12 @@ class ExpertDispatcher:
 
     def _export(self, table: RoutingTable) -> None:
         self.metrics.gauge("quarantined_workers").set(self.book.num_quarantined())
-        for worker_id in table.worker_ids:
-            book, gauge = self.book, self.metrics.gauge
+        book, gauge = self.book, self.metrics.gauge
+        scores = book.straggler_scores(table.worker_ids).tolist()
+        for worker_id, score in zip(table.worker_ids, scores, strict=True):
             gauge("peer_row_seconds", worker=worker_id).set(book.seconds_per_row(worker_id))
             gauge("peer_queue_rows", worker=worker_id).set(book.queue_rows(worker_id))
-            gauge("peer_straggler_score", worker=worker_id).set(book.straggler_score(worker_id))
+            gauge("peer_straggler_score", worker=worker_id).set(score)
 
 
 def _empty_call(table: RoutingTable, *, hidden_size: int) -> Frame:

@@ -118,17 +118,19 @@ class PeerBook:
 
     def row_costs(self, worker_ids: Sequence[str]) -> Floats:
         """(W,) what one row costs at each worker: 1, or a straggler's score."""
-        scores_W = np.array([self.straggler_score(worker_id) for worker_id in worker_ids], dtype=np.float64)
+        scores_W = self.straggler_scores(worker_ids)
         return np.where(scores_W > _RELIEF, scores_W, 1.0)
 
-    def straggler_score(self, worker_id: str) -> float:
-        """Its time for a row over the median of all workers'; 1 = as the others, or not known yet.
+    def straggler_scores(self, worker_ids: Sequence[str]) -> Floats:
+        """(W,) each one's time for a row over the median of all; 1 = as the others, or not known yet.
 
         The median of two is the faster one: of two workers one can be a straggler.
         """
         known = sorted(peer.seconds_per_row for peer in self._peers.values() if peer.seconds_per_row)
-        mine = self._peer(worker_id).seconds_per_row
-        return mine / known[(len(known) - 1) // 2] if known and mine else 1.0
+        median = known[(len(known) - 1) // 2] if known else 1.0
+        return np.array(
+            [(self._peer(worker_id).seconds_per_row or median) / median for worker_id in worker_ids]
+        )
 
     def queue_rows(self, worker_id: str) -> int:
         """Rows that waited there when it answered last."""

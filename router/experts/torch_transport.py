@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from router.experts.open_calls import OpenCalls
 from router.experts.torch_links import TorchLinks
+from router.experts.transport import unknown_worker
 from wire.errors import FrameInvalid, MorayError, WorkerLost
 from wire.frames import Frame, decode_frame, encode_frame
 from wire.metrics import Metrics
@@ -32,9 +33,7 @@ class TorchExpertTransport:
         """Starts one call; see ExpertTransport."""
         peer = self._peers.get(worker_id)
         if peer is None:
-            future: Future[Frame] = Future()
-            future.set_exception(WorkerLost(f"expert worker {worker_id} is not in the cluster now"))
-            return future
+            return unknown_worker(worker_id)
         return peer.send(frame)
 
     def close(self) -> None:

@@ -79,9 +79,7 @@ class PeerTransport:
         if broken is not None:
             broken.close()
         if peer is None:
-            future: Future[Frame] = Future()
-            future.set_exception(WorkerLost(f"expert worker {worker_id} is not in the cluster now"))
-            return future
+            return unknown_worker(worker_id)
         return peer.send(frame)
 
     def close(self) -> None:
@@ -91,3 +89,10 @@ class PeerTransport:
             self._peers.clear()
         for peer in peers:
             peer.close()
+
+
+def unknown_worker(worker_id: str) -> "Future[Frame]":
+    """What a call to a worker that is not in the cluster gets."""
+    future: Future[Frame] = Future()
+    future.set_exception(WorkerLost(f"expert worker {worker_id} is not in the cluster now"))
+    return future

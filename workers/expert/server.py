@@ -28,7 +28,7 @@ from workers.expert.load import Ints, RecentLoad, summarise
 from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
-from workers.expert.types import Place, Slot
+from workers.expert.types import Place, Slot, slots_from_proto, slots_to_proto
 from workers.packing import make_packing
 from workers.progress import log_progress
 
@@ -117,7 +117,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
     ) -> expert_pb2.SlotReport:
         """Loads the experts named; answers when all are in memory."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
-        slots = [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in request.slots]
+        slots = slots_from_proto(request.slots)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._loading, self._prepare, slots, request.table_version)
         return self._report()
@@ -177,14 +177,10 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         return load_experts(self._checkpoint, self._packing, wanted, on_progress=on_progress)
 
     def _report(self) -> expert_pb2.SlotReport:
-        slots = [
-            expert_pb2.SlotAssignment(layer_idx=s.layer_idx, slot_idx=s.slot_idx, expert_idx=s.expert_idx)
-            for s in self._store.slots()
-        ]
         return expert_pb2.SlotReport(
             worker_id=self._worker_id,
             table_version=self._store.table_version,
-            slots=slots,
+            slots=slots_to_proto(self._store.slots()),
             weight_bytes=self._store.num_bytes(),
             scale=self._scale,
         )

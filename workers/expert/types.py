@@ -1,6 +1,9 @@
 """What a placement and an expert worker both speak of; loads without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from wire.proto import expert_pb2
 
 Place = tuple[int, int]
 """(layer_idx, expert_idx)."""
@@ -18,3 +21,16 @@ class Slot:
     def place(self) -> Place:
         """What it holds."""
         return (self.layer_idx, self.expert_idx)
+
+
+def slots_to_proto(slots: Iterable[Slot]) -> list[expert_pb2.SlotAssignment]:
+    """Slots as they travel."""
+    return [
+        expert_pb2.SlotAssignment(layer_idx=s.layer_idx, slot_idx=s.slot_idx, expert_idx=s.expert_idx)
+        for s in slots
+    ]
+
+
+def slots_from_proto(items: Iterable[expert_pb2.SlotAssignment]) -> list[Slot]:
+    """The slots of a message."""
+    return [Slot(item.layer_idx, item.slot_idx, item.expert_idx) for item in items]

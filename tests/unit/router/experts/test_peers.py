@@ -26,7 +26,7 @@ def quarantine_s(of: PeerBook, *, from_s: float) -> float:
 
 def test_docstring_example() -> None:
     of = book(a=0.002, b=0.001, c=0.001)
-    assert of.straggler_score("a") == pytest.approx(2)
+    assert of.straggler_scores(["a"])[0] == pytest.approx(2)
     assert of.row_costs(["a", "b", "c"]) == pytest.approx([2, 1, 1])
     of.on_failure("a", now_s=10.0)
     assert not is_trusted(of)
@@ -39,7 +39,7 @@ def test_docstring_example() -> None:
 def test_unknown_worker_is_trusted_and_as_others() -> None:
     of = book(b=0.001)
     assert of.trusted(["x", "b"]).tolist() == [True, True]
-    assert (of.seconds_per_row("x"), of.queue_rows("x"), of.straggler_score("x")) == (0, 0, 1)
+    assert (of.seconds_per_row("x"), of.queue_rows("x"), of.straggler_scores(["x"])[0]) == (0, 0, 1)
     assert of.row_costs(["x"]).tolist() == [1]
     assert of.attempt_s("x", num_rows=10**6) == PeerRules().attempt_s
 
@@ -157,7 +157,7 @@ def test_speed_is_a_moving_average_of_calls() -> None:
 def test_straggler_takes_longer_than_the_median(speeds: dict[str, float], score: float, cost: float) -> None:
     of = book(**speeds)
     of.trusted(["never asked"])
-    assert of.straggler_score("a") == pytest.approx(score)
+    assert of.straggler_scores(["a"])[0] == pytest.approx(score)
     assert of.row_costs(["a"]) == pytest.approx([cost])
 
 
