@@ -97,8 +97,8 @@ def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx:
     """The attention output of normed rows (T, D), their cache rows stored on the way: (T, D) float32."""
     config, kernels = step.config, step.kernels
     cached = step.cache.layer(layer_idx)
-    q_TQ = kernels.rms_norm(weights.query_a_QD(x_TD), weights.query_norm_Q, eps=config.rms_norm_eps)
-    latent_TX, key_TI = weights.latent_XD(x_TD), weights.indexer.key_ID(x_TD)
+    q_TQ, latent_TX, key_TI = weights.inputs_FD(x_TD)
+    q_TQ = kernels.rms_norm(q_TQ, weights.query_norm_Q, eps=config.rms_norm_eps)
     kernels.store_rows(latent_TX, key_TI, weights.cache_norms, step.table, cached)
     query_THQ = weights.query_b_HQ(q_TQ).view(-1, config.num_attention_heads, config.qk_head_dim)
     query_THQ = kernels.rotate_queries(query_THQ, step.table, config)

@@ -91,6 +91,17 @@ class Matrix(Protocol):
         """`x @ W.T`: (R, F) float32 of (R, D) float32; a row's bits do not depend on other rows."""
 
 
+class JoinedMatrix(Protocol):
+    """Several weights that take the same rows."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds."""
+
+    def __call__(self, x_RD: Tensor, /) -> tuple[Tensor, ...]:
+        """Each one's product: (R, F) float32 of (R, D) float32, each with its own F; may be views."""
+
+
 class HeadMatrix(Protocol):
     """A weight (F, D) for each of H heads."""
 
@@ -100,6 +111,22 @@ class HeadMatrix(Protocol):
 
     def __call__(self, x_RHD: Tensor, /) -> Tensor:
         """Each head's product: (R, H, F) float32 of (R, H, D) float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApartMatrices:
+    """A `JoinedMatrix` of matrices that are multiplied one after another."""
+
+    parts: tuple[Matrix, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that they hold."""
+        return sum(part.num_bytes for part in self.parts)
+
+    def __call__(self, x_RD: Tensor) -> tuple[Tensor, ...]:
+        """Each one's product."""
+        return tuple(part(x_RD) for part in self.parts)
 
 
 class Mlp(Protocol):

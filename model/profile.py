@@ -82,12 +82,11 @@ class StepClock:
 
     def _time_attention(self, weights: AttentionWeights) -> AttentionWeights:
         indexer = weights.indexer
-        names = ("query_a_QD", "query_b_HQ", "latent_XD", "key_HCN", "value_HOC", "output_DHO")
+        names = ("inputs_FD", "query_b_HQ", "key_HCN", "value_HOC", "output_DHO")
         timed = {name: self.timed("attention", getattr(weights, name)) for name in names}
         timed_indexer = replace(
             indexer,
             query_JIQ=self.timed("indexer", indexer.query_JIQ),
-            key_ID=self.timed("indexer", indexer.key_ID),
             head_JD=self.timed("indexer", indexer.head_JD),
         )
         return replace(weights, **timed, indexer=timed_indexer)

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.heap import HeapTrimmer, trim_heap
 from model.kernels.base import CacheNorms, Kernels
-from model.matrix import HeadMatrix, Matrix, Mlp
+from model.matrix import HeadMatrix, JoinedMatrix, Matrix, Mlp
 from model.precision import Form, Precision, expert_form, head_form, matrix_form
 from model.tensor_names import expected_tensors, expert_prefix, layer_prefix, mlp_tensors
 
@@ -31,8 +31,6 @@ class IndexerWeights:
 
     query_JIQ: Matrix
     """wq_b: (J * I, Q)."""
-    key_ID: Matrix
-    """wk: (I, D)."""
     head_JD: Matrix
     """weights_proj: (J, D), float32 in every precision."""
 
@@ -41,14 +39,12 @@ class IndexerWeights:
 class AttentionWeights:
     """Latent attention of one layer."""
 
-    query_a_QD: Matrix
-    """q_a_proj: (Q, D)."""
+    inputs_FD: JoinedMatrix
+    """q_a_proj (Q, D), kv_a_proj_with_mqa (C + P, D) and the indexer's wk (I, D)."""
     query_norm_Q: Tensor
     """q_a_layernorm: (Q,)."""
     query_b_HQ: Matrix
     """q_b_proj: (H * (N + P), Q)."""
-    latent_XD: Matrix
-    """kv_a_proj_with_mqa: (C + P, D)."""
     cache_norms: CacheNorms
     """kv_a_layernorm and the indexer's k_norm."""
     expand_HVC: HeadMatrix
@@ -267,10 +263,11 @@ class _ModelReader:
         form = _head_form(self._packing.precision, kv_b_HVC)
         pack_heads = self._packing.kernels.pack_heads
         return AttentionWeights(
-            query_a_QD=self._matrix(f"{prefix}q_a_proj.weight"),
+            inputs_FD=self._joined(
+                [f"{prefix}{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa", "indexer.wk")]
+            ),
             query_norm_Q=self._vector(f"{prefix}q_a_layernorm.weight"),
             query_b_HQ=self._matrix(f"{prefix}q_b_proj.weight"),
-            latent_XD=self._matrix(f"{prefix}kv_a_proj_with_mqa.weight"),
             cache_norms=CacheNorms(
                 latent_C=self._vector(f"{prefix}kv_a_layernorm.weight"),
                 key_I=self._vector(f"{prefix}indexer.k_norm.weight"),
@@ -283,10 +280,15 @@ class _ModelReader:
             output_DHO=self._matrix(f"{prefix}o_proj.weight"),
             indexer=IndexerWeights(
                 query_JIQ=self._matrix(f"{prefix}indexer.wq_b.weight"),
-                key_ID=self._matrix(f"{prefix}indexer.wk.weight"),
                 head_JD=self._matrix(f"{prefix}indexer.weights_proj.weight", is_exact=True),
             ),
         )
+
+    def _joined(self, names: Sequence[str]) -> JoinedMatrix:
+        stored = [self._checkpoint.read_stored(name, shape=self._shapes[name]) for name in names]
+        self._count(len(names))
+        forms = [matrix_form(self._packing.precision, stored=part.form) for part in stored]
+        return self._packing.kernels.pack_joined(stored, forms)
 
     def _mlp(self, prefix: str) -> Mlp:
         names = [f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down")]

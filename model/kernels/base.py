@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.batch import LayerCache
 from model.config import ModelConfig
-from model.matrix import HeadMatrix, Matrix, Mlp, StoredMatrix
+from model.matrix import HeadMatrix, JoinedMatrix, Matrix, Mlp, StoredMatrix
 from model.precision import Form
 from model.rope import RopeTable
 
@@ -104,6 +104,9 @@ class Kernels(Protocol):
 
     def pack(self, stored: StoredMatrix, form: Form) -> Matrix:
         """A matrix held in a form."""
+
+    def pack_joined(self, stored: Sequence[StoredMatrix], forms: Sequence[Form]) -> JoinedMatrix:
+        """Matrices of the same rows, each held in its form."""
 
     def pack_heads(self, weights_HFD: Tensor, form: Form) -> HeadMatrix:
         """One matrix a head, from float32."""

@@ -16,7 +16,17 @@ from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, Assignments, CacheNorms, Reads
 from model.kernels.plain_attention import attend_causal, attend_expanded, attend_selected, row_blocks
 from model.linear import head_linear, linear
-from model.matrix import LOW_UNITS, HeadMatrix, Matrix, Mlp, StoredMatrix, quantize_rows, split_rows
+from model.matrix import (
+    LOW_UNITS,
+    ApartMatrices,
+    HeadMatrix,
+    JoinedMatrix,
+    Matrix,
+    Mlp,
+    StoredMatrix,
+    quantize_rows,
+    split_rows,
+)
 from model.norms import layer_norm, rms_norm
 from model.precision import Form
 from model.rope import RopeTable, rotate_front, rotate_interleaved
@@ -138,6 +148,12 @@ class TorchKernels:
     def _own(self, stored: Tensor) -> Tensor:
         """A copy on the device, which does not keep the checkpoint's file mapped."""
         return stored.to(self._device, copy=True)
+
+    def pack_joined(self, stored: Sequence[StoredMatrix], forms: Sequence[Form]) -> JoinedMatrix:
+        """Matrices one after another."""
+        return ApartMatrices(
+            parts=tuple(self.pack(part, form) for part, form in zip(stored, forms, strict=True))
+        )
 
     def pack_heads(self, weights_HFD: Tensor, form: Form) -> HeadMatrix:
         """One matrix a head; forms without a torch operator are held in bfloat16."""

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -13,8 +14,8 @@ from model.batch import LayerCache
 from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, Assignments, CacheNorms, Reads
 from model.kernels.native.library import AbsorbedShape, CacheShape, ExpandedShape, GateShape, IndexerShape
-from model.kernels.native.packed import Packed, pack, pack_stack
-from model.matrix import HeadMatrix, Matrix, Mlp, StoredMatrix
+from model.kernels.native.packed import Packed, can_stack, pack, pack_stack
+from model.matrix import ApartMatrices, HeadMatrix, JoinedMatrix, Matrix, Mlp, StoredMatrix
 from model.precision import Form
 from model.rope import RopeTable
 
@@ -34,6 +35,8 @@ class NativeMatrix:
         self._num_heads = num_heads
         self.num_columns = packed.num_columns
         """F."""
+        self.panel = packed.panel
+        """Columns of a panel."""
         self.struct = packed.struct()
         """What the library takes."""
 
@@ -52,6 +55,27 @@ class NativeMatrix:
             y.data_ptr(), y[0].numel() if len(y) else 0, y_head, self._num_threads,
         )  # fmt: skip
         return y
+
+
+class NativeJoined:
+    """Weights of the same rows as one: their outputs stand beside each other, each in whole panels."""
+
+    def __init__(self, matrix: NativeMatrix, widths: Sequence[int]) -> None:
+        self._matrix = matrix
+        panel = matrix.panel
+        padded = [-(-width // panel) * panel for width in widths]
+        begins = [0, *accumulate(padded)]
+        self._columns = [slice(begin, begin + width) for begin, width in zip(begins, widths, strict=False)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that they hold."""
+        return self._matrix.num_bytes
+
+    def __call__(self, x_RD: Tensor, /) -> tuple[Tensor, ...]:
+        """Each one's product: (R, F), a view."""
+        y = self._matrix(x_RD)
+        return tuple(y[:, columns] for columns in self._columns)
 
 
 class NativeMlp:
@@ -114,6 +138,14 @@ class NativeKernels:
     def pack(self, stored: StoredMatrix, form: Form) -> Matrix:
         """A matrix in panels."""
         return NativeMatrix(self._library, pack(stored, form), num_threads=self._num_threads)
+
+    def pack_joined(self, stored: Sequence[StoredMatrix], forms: Sequence[Form]) -> JoinedMatrix:
+        """Matrices as one, where they are held alike."""
+        if not can_stack(stored, forms):
+            parts = tuple(self.pack(part, form) for part, form in zip(stored, forms, strict=True))
+            return ApartMatrices(parts=parts)
+        matrix = NativeMatrix(self._library, pack_stack(stored, forms[0]), num_threads=self._num_threads)
+        return NativeJoined(matrix, [len(part.values_FD) for part in stored])
 
     def pack_heads(self, weights_HFD: Tensor, form: Form) -> HeadMatrix:
         """One matrix a head; forms other than float32 are held in bfloat16."""

@@ -52,6 +52,11 @@ class Packed:
     """INT8: 128 times the sum of each column, (F padded) int32."""
 
     @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return INT8_PANEL if self.kind is Kind.INT8 else PANEL
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that it holds."""
         parts = (self.values, self.scales, self.offset)
@@ -76,19 +81,19 @@ def pack(stored: StoredMatrix, form: Form) -> Packed:
 
 
 def pack_stack(parts: Sequence[StoredMatrix], form: Form, *, num_columns: int | None = None) -> Packed:
-    """Matrices of one shape behind each other, each in whole panels.
+    """Matrices of one inner width behind each other, each in whole panels.
 
     They are packed piece by piece into what is held: beside it, memory has one piece.
 
     Args:
-        parts: what is packed.
+        parts: what is packed; all of one kind.
         form: the form of all.
         num_columns: what a product has; None = all columns, those that fill up panels among them.
     """
     first = parts[0]
     kind = _kind(first, form)
     panel = INT8_PANEL if kind is Kind.INT8 else PANEL
-    num_panels = len(parts) * -(-len(first.values_FD) // panel)
+    num_panels = sum(-(-len(part.values_FD) // panel) for part in parts)
     pieces = (_pack_piece(piece, kind) for part in parts for piece in _pieces(part))
     values, *factors = _fill(pieces, num_panels)
     scales, offset = (*factors, None, None)[:2]
@@ -101,6 +106,12 @@ def pack_stack(parts: Sequence[StoredMatrix], form: Form, *, num_columns: int | 
         scales=scales.flatten() if scales is not None and kind is Kind.INT8 else scales,
         offset=None if offset is None else offset.flatten(),
     )
+
+
+def can_stack(parts: Sequence[StoredMatrix], forms: Sequence[Form]) -> bool:
+    """Whether matrices of one inner width, each in its form, can be one."""
+    kinds = {(_kind(part, form), _block(part)) for part, form in zip(parts, forms, strict=True)}
+    return len(kinds) == 1
 
 
 def _block(stored: StoredMatrix) -> int:

@@ -152,6 +152,17 @@ def test_heads_take_the_front_of_wider_rows_and_transposed_weights(kernels: Kern
     assert_near(heads(x[..., :24]), torch.einsum("rhd,hfd->rhf", x[..., :24].double(), weights.double()))
 
 
+@pytest.mark.parametrize("forms", [*((form,) * 3 for form in FORMS), ("fp8", "bfloat16", "float32")])
+def test_joined_matrices_are_the_matrices(kernels: Kernels, forms: tuple[Form, ...]) -> None:
+    """Outputs that fill no panel stand beside each other; different forms stay apart."""
+    parts = [stored_matrix(width, 100, seed=40 + width) for width in (33, 130, 2)]
+    joined, x = kernels.pack_joined(parts, forms), random(9, 100, seed=41)
+    apart = [kernels.pack(part, form) for part, form in zip(parts, forms, strict=True)]
+    for got, matrix in zip(joined(x), apart, strict=True):
+        assert torch.equal(got, matrix(x))
+    assert joined.num_bytes == sum(matrix.num_bytes for matrix in apart)
+
+
 def _mlp_parts(width: int, hidden: int, *, seed: int) -> tuple[StoredMatrix, StoredMatrix, StoredMatrix]:
     gate, up = (stored_matrix(width, hidden, seed=seed + i) for i in range(2))
     return gate, up, stored_matrix(hidden, width, seed=seed + 2)
