@@ -11,7 +11,6 @@ width per head, C latent, X = C + P, J indexer heads, I indexer width, W cache r
 U selected positions, V values of one row and head.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -100,11 +99,13 @@ def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx:
     q_TQ, latent_TX, key_TI = weights.inputs_FD(x_TD)
     q_TQ = kernels.rms_norm(q_TQ, weights.query_norm_Q, eps=config.rms_norm_eps)
     kernels.store_rows(latent_TX, key_TI, weights.cache_norms, step.table, cached)
+    cached.on_stored()
     query_THQ = weights.query_b_HQ(q_TQ).view(-1, config.num_attention_heads, config.qk_head_dim)
     query_THQ = kernels.rotate_queries(query_THQ, step.table, config)
     reads = _absorbed_reads(x_TD, q_TQ, weights, step, cached=cached, layer_idx=layer_idx)
+    cached.load_latents([read.row_ids for read in reads])
     if sum(read.num_rows for read in reads) == step.batch.num_rows:
-        value_THO = _absorbed(query_THQ, weights, step, cached, reads)
+        value_THO = kernels.attend_absorbed(query_THQ, weights.absorbed, cached, reads)
     else:
         value_THO = query_THQ.new_empty(*query_THQ.shape[:2], config.v_head_dim)
         for plan in step.plans:
@@ -114,7 +115,7 @@ def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx:
         if reads:
             rows_T = torch.cat([torch.arange(read.begin_row, read.end_row) for read in reads])
             rows_T = rows_T.to(query_THQ.device)
-            value_THO[rows_T] = _absorbed(query_THQ[rows_T], weights, step, cached, reads)
+            value_THO[rows_T] = kernels.attend_absorbed(query_THQ[rows_T], weights.absorbed, cached, reads)
     return weights.output_DHO(value_THO.flatten(1))
 
 
@@ -123,18 +124,8 @@ def _expanded(
 ) -> Tensor:
     """(R, H, O) of a span's expanded rows."""
     reads = plan.reads(cached, plan.begin_row, plan.expanded_end)
+    cached.load_latents([reads.row_ids])
     return step.kernels.attend_expanded(query_RHQ, weights.expand_HVC, cached, reads)
-
-
-def _absorbed(
-    query_RHQ: Tensor, weights: AttentionWeights, step: Step, cached: LayerCache, reads: Sequence[Reads]
-) -> Tensor:
-    """(R, H, O) of the rows of `reads`, one behind another."""
-    config = step.config
-    nope_RHN, rope_RHP = query_RHQ.tensor_split((config.qk_nope_head_dim,), dim=-1)
-    query_RHX = torch.cat((weights.key_HCN(nope_RHN), rope_RHP), dim=-1)
-    latent_RHC = step.kernels.attend_absorbed(query_RHX, cached, reads, latent_width=config.kv_lora_rank)
-    return weights.value_HOC(latent_RHC)
 
 
 def _absorbed_reads(
@@ -174,6 +165,7 @@ def _select(
     scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
     head_RJ = weights.indexer.head_JD(x_TD[rows]) * scale
     query_RJI = kernels.rotate_index_queries(query_RJI, table)
+    cached.load_keys(reads.row_ids)
     score_RS = kernels.index_scores(query_RJI, head_RJ, cached, reads)
     return kernels.select_positions(
         score_RS, first_position=reads.first_position, num_selected=config.index_topk

@@ -82,7 +82,7 @@ class StepClock:
 
     def _time_attention(self, weights: AttentionWeights) -> AttentionWeights:
         indexer = weights.indexer
-        names = ("inputs_FD", "query_b_HQ", "key_HCN", "value_HOC", "output_DHO")
+        names = ("inputs_FD", "query_b_HQ", "output_DHO")
         timed = {name: self.timed("attention", getattr(weights, name)) for name in names}
         timed_indexer = replace(
             indexer,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.heap import HeapTrimmer, trim_heap
-from model.kernels.base import CacheNorms, Kernels
+from model.kernels.base import AbsorbedHeads, CacheNorms, Kernels
 from model.matrix import HeadMatrix, JoinedMatrix, Matrix, Mlp
 from model.precision import Form, Precision, expert_form, head_form, matrix_form
 from model.tensor_names import expected_tensors, expert_prefix, layer_prefix, mlp_tensors
@@ -49,10 +49,8 @@ class AttentionWeights:
     """kv_a_layernorm and the indexer's k_norm."""
     expand_HVC: HeadMatrix
     """kv_b_proj: (H, N + O, C), keys and values of every head."""
-    key_HCN: HeadMatrix
-    """kv_b_proj's key half, transposed: (H, C, N)."""
-    value_HOC: HeadMatrix
-    """kv_b_proj's value half: (H, O, C)."""
+    absorbed: AbsorbedHeads
+    """The same, for attention over latents."""
     output_DHO: Matrix
     """o_proj: (D, H * O)."""
     indexer: IndexerWeights
@@ -275,8 +273,10 @@ class _ModelReader:
                 eps=config.rms_norm_eps,
             ),
             expand_HVC=pack_heads(kv_b_HVC, form),
-            key_HCN=pack_heads(kv_b_HVC[:, :nope].transpose(1, 2), form),
-            value_HOC=pack_heads(kv_b_HVC[:, nope:], form),
+            absorbed=AbsorbedHeads(
+                key_HCN=pack_heads(kv_b_HVC[:, :nope].transpose(1, 2), form),
+                value_HOC=pack_heads(kv_b_HVC[:, nope:], form),
+            ),
             output_DHO=self._matrix(f"{prefix}o_proj.weight"),
             indexer=IndexerWeights(
                 query_JIQ=self._matrix(f"{prefix}indexer.wq_b.weight"),

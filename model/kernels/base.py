@@ -67,6 +67,11 @@ class Reads:
         """R."""
         return self.end_row - self.begin_row
 
+    @property
+    def row_ids(self) -> Tensor:
+        """The cache rows that any of the rows reads, of any shape; some more where rows see parts only."""
+        return self.context_S if self.selected_RU is None else self.selected_RU
+
     @cached_property
     def row_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """For each row the address of its list of cache rows, and its length; every layer asks again."""
@@ -91,6 +96,16 @@ class CacheNorms:
     """The indexer's k_norm.bias: (I,)."""
     eps: float
     """rms_norm_eps; the indexer's own is fixed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsorbedHeads:
+    """kv_b_proj as absorbed attention takes it."""
+
+    key_HCN: HeadMatrix
+    """Its key half, transposed: (H, C, N)."""
+    value_HOC: HeadMatrix
+    """Its value half: (H, O, C)."""
 
 
 class Kernels(Protocol):
@@ -175,15 +190,15 @@ class Kernels(Protocol):
         """
 
     def attend_absorbed(
-        self, query_RHX: Tensor, cached: LayerCache, reads: Sequence[Reads], *, latent_width: int
+        self, query_RHQ: Tensor, heads: AbsorbedHeads, cached: LayerCache, reads: Sequence[Reads]
     ) -> Tensor:
-        """Attention over the latent itself: (R, H, C) float32, the rows of all `reads` one behind another.
+        """Attention over the latent itself: (R, H, O) float32, the rows of all `reads` one behind another.
 
         Args:
-            query_RHX: (R, H, X), turned and scaled, the nope part brought to the latent.
+            query_RHQ: (R, H, N + P), turned and scaled.
+            heads: what brings a query's nope part to the latent, and the latent to values.
             cached: the layer's rows.
             reads: what each run of rows reads.
-            latent_width: C.
         """
 
     def index_scores(self, query_RJI: Tensor, head_RJ: Tensor, cached: LayerCache, reads: Reads) -> Tensor:

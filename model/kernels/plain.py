@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from model.batch import LayerCache
 from model.config import INDEXER_NORM_EPS, ModelConfig
-from model.kernels.base import WEIGHT_FLOOR, Assignments, CacheNorms, Reads
+from model.kernels.base import WEIGHT_FLOOR, AbsorbedHeads, Assignments, CacheNorms, Reads
 from model.kernels.plain_attention import attend_causal, attend_expanded, attend_selected, row_blocks
 from model.linear import head_linear, linear
 from model.matrix import (
@@ -215,10 +215,12 @@ class TorchKernels:
         return attend_expanded(query_RHQ, kv_SHV, rope_SP, first_position=reads.first_position)
 
     def attend_absorbed(
-        self, query_RHX: Tensor, cached: LayerCache, reads: Sequence[Reads], *, latent_width: int
+        self, query_RHQ: Tensor, heads: AbsorbedHeads, cached: LayerCache, reads: Sequence[Reads]
     ) -> Tensor:
         """Attention over the latent itself."""
-        width, parts = query_RHX.shape[-1], []
+        nope_RHN, rope_RHP = query_RHQ.tensor_split((query_RHQ.shape[-1] - cached.layout.rope,), dim=-1)
+        query_RHX = torch.cat((heads.key_HCN(nope_RHN), rope_RHP), dim=-1)
+        latent_width, width, parts = cached.layout.latent, query_RHX.shape[-1], []
         for part_RHX, read in zip(torch.split(query_RHX, [r.num_rows for r in reads]), reads, strict=True):
             if read.selected_RU is not None:
                 selected = read.selected_RU
@@ -227,7 +229,7 @@ class TorchKernels:
             key_SX = cached.rows_NW.index_select(0, read.context_S)[:, :width]
             first = read.first_position
             parts.append(attend_causal(part_RHX, key_SX, first_position=first, latent_width=latent_width))
-        return torch.cat(parts)
+        return heads.value_HOC(torch.cat(parts))
 
     def index_scores(self, query_RJI: Tensor, head_RJ: Tensor, cached: LayerCache, reads: Reads) -> Tensor:
         """The indexer's scores."""

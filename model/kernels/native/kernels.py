@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.batch import LayerCache
 from model.config import INDEXER_NORM_EPS, ModelConfig
-from model.kernels.base import WEIGHT_FLOOR, Assignments, CacheNorms, Reads
+from model.kernels.base import WEIGHT_FLOOR, AbsorbedHeads, Assignments, CacheNorms, Reads
 from model.kernels.native.library import AbsorbedShape, CacheShape, ExpandedShape, GateShape, IndexerShape
 from model.kernels.native.packed import Packed, can_stack, pack, pack_stack
 from model.matrix import ApartMatrices, HeadMatrix, JoinedMatrix, Matrix, Mlp, StoredMatrix
@@ -178,20 +178,24 @@ class NativeKernels:
 
     def rotate_queries(self, query_THQ: Tensor, table: RopeTable, config: ModelConfig) -> Tensor:
         """Queries turned and scaled, in place."""
-        self._rotate(query_THQ, table, begin=config.qk_nope_head_dim, is_interleaved=True)
-        return query_THQ.mul_(config.softmax_scale)
+        self._rotate(
+            query_THQ, table, begin=config.qk_nope_head_dim, is_interleaved=True, scale=config.softmax_scale
+        )
+        return query_THQ
 
     def rotate_index_queries(self, query_TJI: Tensor, table: RopeTable) -> Tensor:
         """The indexer's queries turned, in place."""
-        self._rotate(query_TJI, table, begin=0, is_interleaved=False)
+        self._rotate(query_TJI, table, begin=0, is_interleaved=False, scale=1.0)
         return query_TJI
 
-    def _rotate(self, x_THP: Tensor, table: RopeTable, *, begin: int, is_interleaved: bool) -> None:
-        num_rows, num_heads, _ = x_THP.shape
+    def _rotate(
+        self, x_THP: Tensor, table: RopeTable, *, begin: int, is_interleaved: bool, scale: float
+    ) -> None:
+        num_rows, num_heads, width = x_THP.shape
         self._library.moray_rotate(
             x_THP.data_ptr(), num_rows, num_heads, x_THP.stride(0), x_THP.stride(1), begin,
             table.cos_TP.shape[1], int(is_interleaved), table.cos_TP.data_ptr(), table.sin_TP.data_ptr(),
-            self._num_threads,
+            width, scale, self._num_threads,
         )  # fmt: skip
 
     def store_rows(
@@ -247,20 +251,22 @@ class NativeKernels:
         return value_RHO
 
     def attend_absorbed(
-        self, query_RHX: Tensor, cached: LayerCache, reads: Sequence[Reads], *, latent_width: int
+        self, query_RHQ: Tensor, heads: AbsorbedHeads, cached: LayerCache, reads: Sequence[Reads]
     ) -> Tensor:
         """Attention over the latent itself."""
-        query_RHX = query_RHX.contiguous()
-        num_rows, num_heads, width = query_RHX.shape
-        shape = AbsorbedShape(num_heads, latent_width, width, cached.rows_NW.stride(0))
+        query_RHQ = query_RHQ.contiguous()
+        num_rows, num_heads, _ = query_RHQ.shape
+        key, value = (_native(matrix, NativeMatrix) for matrix in (heads.key_HCN, heads.value_HOC))
+        layout = cached.layout
+        shape = AbsorbedShape(num_heads, layout.latent, layout.key_begin, cached.rows_NW.stride(0))
         lists = np.concatenate([read.row_lists[0] for read in reads])
         counts = np.concatenate([read.row_lists[1] for read in reads])
-        latent_RHC = torch.empty(num_rows, num_heads, latent_width)
+        value_RHO = torch.empty(num_rows, num_heads, value.num_columns)
         self._library.moray_attend_absorbed(
-            shape, cached.rows_NW.data_ptr(), query_RHX.data_ptr(), num_rows,
-            lists.ctypes.data, counts.ctypes.data, latent_RHC.data_ptr(), self._num_threads,
+            shape, key.struct, value.struct, cached.rows_NW.data_ptr(), query_RHQ.data_ptr(), num_rows,
+            lists.ctypes.data, counts.ctypes.data, value_RHO.data_ptr(), self._num_threads,
         )  # fmt: skip
-        return latent_RHC
+        return value_RHO
 
     def index_scores(self, query_RJI: Tensor, head_RJ: Tensor, cached: LayerCache, reads: Reads) -> Tensor:
         """The indexer's scores."""

@@ -96,7 +96,8 @@ ARGUMENTS = {
     ),
     "moray_silu_multiply": (c_void_p, c_int, c_int, c_void_p, c_int),
     "moray_rotate": (
-        c_void_p, c_int, c_int, c_int64, c_int64, c_int, c_int, c_int, c_void_p, c_void_p, c_int,
+        c_void_p, c_int, c_int, c_int64, c_int64, c_int, c_int, c_int, c_void_p, c_void_p, c_int, c_float,
+        c_int,
     ),
     "moray_cache_rows": (
         POINTER(CacheShape), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p,
@@ -109,7 +110,8 @@ ARGUMENTS = {
         POINTER(ExpandedShape), POINTER(Weight), c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int,
     ),
     "moray_attend_absorbed": (
-        POINTER(AbsorbedShape), c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int,
+        POINTER(AbsorbedShape), POINTER(Weight), POINTER(Weight), c_void_p, c_void_p, c_int, c_void_p,
+        c_void_p, c_void_p, c_int,
     ),
     "moray_index_scores": (
         POINTER(IndexerShape), c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64,

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "gemm.h"
@@ -293,12 +294,9 @@ void merge(const AbsorbedShape& s, const Partial* parts, int num_parts, float* o
   }
 }
 
-}  // namespace
-
-// out (R, H, C): each row over the cache rows that it names. q (R, H, width), scaled and rotated.
-extern "C" void moray_attend_absorbed(const AbsorbedShape* shape, const float* cache, const float* q, int num_rows,
-                                      const int64_t* const* ids, const int32_t* counts, float* out, int num_threads) {
-  const AbsorbedShape s = *shape;
+// out (R, H, C): each row over the cache rows that it names. q (R, H, width).
+void attend_latents(const AbsorbedShape& s, const float* cache, const float* q, int num_rows, const int64_t* const* ids,
+                    const int32_t* counts, float* out, int num_threads) {
   const int padded = round_up(s.num_heads, LANES);
   const size_t q_row = (size_t)s.num_heads * s.width, out_row = (size_t)s.num_heads * s.latent;
   const bool is_split = num_rows < 4 * num_threads;  // few rows: threads share them
@@ -342,3 +340,28 @@ extern "C" void moray_attend_absorbed(const AbsorbedShape* shape, const float* c
   }
 }
 
+
+// Queries brought to the latent, rope part behind: (R, H, width).
+void absorb(const AbsorbedShape& s, const Weight* key, const float* q, int num_rows, float* out, int num_threads) {
+  const int nope = key->width, rope = s.width - s.latent, heads = s.num_heads;
+  moray_gemm(key, heads, q, num_rows, (int64_t)heads * (nope + rope), nope + rope, out, (int64_t)heads * s.width, s.width, num_threads);
+  for (size_t i = 0; i < (size_t)num_rows * heads; i++)
+    std::memcpy(out + i * s.width + s.latent, q + i * (nope + rope) + nope, rope * sizeof(float));
+}
+
+}  // namespace
+
+// out (R, H, value): each row over the cache rows that it names. q (R, H, nope + rope), scaled and rotated.
+//   key: for each head (latent, nope), value: for each head (value, latent), behind each other
+extern "C" void moray_attend_absorbed(const AbsorbedShape* shape, const Weight* key, const Weight* value, const float* cache,
+                                      const float* q, int num_rows, const int64_t* const* ids, const int32_t* counts, float* out,
+                                      int num_threads) {
+  const AbsorbedShape s = *shape;
+  const size_t items = (size_t)num_rows * s.num_heads;
+  const std::unique_ptr<float[]> absorbed(new float[items * s.width]), latent(new float[items * s.latent]);
+  absorb(s, key, q, num_rows, absorbed.get(), num_threads);
+  attend_latents(s, cache, absorbed.get(), num_rows, ids, counts, latent.get(), num_threads);
+  const int out_head = value->num_columns;
+  moray_gemm(value, s.num_heads, latent.get(), num_rows, (int64_t)s.num_heads * s.latent, s.latent, out,
+             (int64_t)s.num_heads * out_head, out_head, num_threads);
+}

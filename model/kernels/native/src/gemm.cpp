@@ -234,8 +234,6 @@ void split_row(const float* x, int width, uint8_t* q, float* scale) {
   for (int k = width; k < padded; k++) q[k] = q[padded + k] = 128;
 }
 
-// y (R, F) = x (R, K) W^T for each of `num_heads` weights behind each other; head h takes x + h * x_head and
-// writes y + h * y_head. Strides count floats.
 extern "C" void moray_gemm(const Weight* w, int num_heads, const float* x, int num_rows, int64_t x_stride, int64_t x_head,
                            float* y, int64_t y_stride, int64_t y_head, int num_threads) {
   const int row_bytes = 2 * padded_width(w->width), panels = w->num_panels();

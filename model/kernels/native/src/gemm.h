@@ -47,4 +47,8 @@ int rows_of_tile(int kind);
 void quantise_row(const float* x, int width, uint8_t* q, float* scale);
 // (K,) floats to whole numbers 128 * high + low: high bytes, padded to whole quads, then low ones, each around 128.
 void split_row(const float* x, int width, uint8_t* q, float* scale);
+// y (R, F) = x (R, K) W^T for each of `num_heads` weights behind each other; head h takes x + h * x_head and
+// writes y + h * y_head. Strides count floats.
+extern "C" void moray_gemm(const Weight* w, int num_heads, const float* x, int num_rows, int64_t x_stride, int64_t x_head,
+                           float* y, int64_t y_stride, int64_t y_head, int num_threads);
 inline int padded_width(int width) { return (width + 3) / 4 * 4; }

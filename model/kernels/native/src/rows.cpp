@@ -65,14 +65,17 @@ extern "C" void moray_silu_multiply(const float* x, int num_rows, int width, flo
 }
 
 // Rotates 2 * half values of each head, from x + r * stride + h * head_stride + begin, in place. Interleaved pairs
-// (2i, 2i + 1), or half-split ones (i, half + i).
+// (2i, 2i + 1), or half-split ones (i, half + i). Then multiplies the `width` values of each head by `scale`.
 extern "C" void moray_rotate(float* x, int num_rows, int num_heads, int64_t stride, int64_t head_stride, int begin, int half,
-                             int is_interleaved, const float* cos, const float* sin, int num_threads) {
+                             int is_interleaved, const float* cos, const float* sin, int width, float scale, int num_threads) {
 #pragma omp parallel for schedule(static) num_threads(threads_for((int64_t)num_rows * stride, num_threads))
   for (int r = 0; r < num_rows; r++)
-    for (int h = 0; h < num_heads; h++)
-      rotate_pairs(x + r * stride + h * head_stride + begin, cos + (size_t)r * half, sin + (size_t)r * half, half,
-                   is_interleaved ? 2 : 1, is_interleaved ? 1 : half);
+    for (int h = 0; h < num_heads; h++) {
+      float* head = x + r * stride + h * head_stride;
+      rotate_pairs(head + begin, cos + (size_t)r * half, sin + (size_t)r * half, half, is_interleaved ? 2 : 1,
+                   is_interleaved ? 1 : half);
+      for (int i = 0; i < width; i++) head[i] *= scale;
+    }
 }
 
 struct CacheShape {

@@ -9,6 +9,7 @@ from model.batch import LayerCache
 from model.cache_layout import CacheLayout, KeyForm
 from model.config import ModelConfig
 from model.fp8_blocks import quantize_blocks
+from model.kernels.base import AbsorbedHeads, Kernels
 from model.matrix import StoredMatrix
 from model.precision import Form
 from model.rope import RopeTable
@@ -93,3 +94,9 @@ def layout_of(
 def shuffled(num: int, *, seed: int) -> Tensor:
     """Cache rows of a sequence, scattered: (num,) int64 below 2 * num."""
     return torch.randperm(2 * num, generator=torch.Generator().manual_seed(seed))[:num]
+
+
+def identity_heads(kernels: Kernels, num_heads: int, *, latent: int) -> AbsorbedHeads:
+    """Queries that are at the latent already, and values that are the latent."""
+    heads = kernels.pack_heads(torch.eye(latent).expand(num_heads, -1, -1), "float32")
+    return AbsorbedHeads(key_HCN=heads, value_HOC=heads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.batch import LayerCache
 from model.cache_layout import KeyForm
-from model.kernels.base import Assignments, CacheNorms, Kernels, Reads
+from model.kernels.base import AbsorbedHeads, Assignments, CacheNorms, Kernels, Reads
 from model.kernels.plain import TorchKernels
 from model.matrix import HeadMatrix, Matrix, Mlp
 from model.precision import Form
@@ -150,12 +150,20 @@ def _expansion(kernels: Kernels) -> HeadMatrix:
 
 
 def _absorbed(kernels: Kernels, rows: slice) -> Tensor:
-    query = random(NUM_ROWS, HEADS, LATENT + ROPE, seed=32)[rows]
-    return kernels.attend_absorbed(query, _cache("float32"), [_reads(rows)], latent_width=LATENT)
+    query = random(NUM_ROWS, HEADS, 10 + ROPE, seed=32)[rows]
+    return kernels.attend_absorbed(query, _absorbed_heads(kernels), _cache("float32"), [_reads(rows)])
+
+
+@functools.cache
+def _absorbed_heads(kernels: Kernels) -> AbsorbedHeads:
+    return AbsorbedHeads(
+        key_HCN=kernels.pack_heads(random(HEADS, LATENT, 10, seed=35) * 10**-0.5, "float32"),
+        value_HOC=kernels.pack_heads(random(HEADS, 13, LATENT, seed=36) * LATENT**-0.5, "float32"),
+    )
 
 
 def _selected(kernels: Kernels, rows: slice) -> Tensor:
-    query = random(NUM_ROWS, HEADS, LATENT + ROPE, seed=33)[rows]
+    query = random(NUM_ROWS, HEADS, 10 + ROPE, seed=33)[rows]
     ids = torch.randint(0, 1500, (NUM_ROWS, 600), generator=torch.Generator().manual_seed(34))[rows]
     whole = _reads(rows)
     read = Reads(
@@ -165,7 +173,7 @@ def _selected(kernels: Kernels, rows: slice) -> Tensor:
         context_S=whole.context_S,
         selected_RU=ids,
     )
-    return kernels.attend_absorbed(query, _cache("float32"), [read], latent_width=LATENT)
+    return kernels.attend_absorbed(query, _absorbed_heads(kernels), _cache("float32"), [read])
 
 
 def _index_scores(key_form: KeyForm, kernels: Kernels, rows: slice) -> Tensor:

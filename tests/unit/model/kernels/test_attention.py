@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from model.batch import LayerCache
-from model.kernels.base import Kernels, Reads
-from tests.unit.model.kernels.cases import assert_near, cache_of, layout_of, random, shuffled
+from model.kernels.base import AbsorbedHeads, Kernels, Reads
+from model.precision import Form
+from tests.unit.model.kernels.cases import (
+    assert_near,
+    cache_of,
+    identity_heads,
+    layout_of,
+    random,
+    shuffled,
+)
 
 LATENT, WIDTH = 24, 32
 """C, and C + P of `layout_of`."""
@@ -164,9 +172,15 @@ def _absorbed_expected(query: Tensor, cached: LayerCache, read: Reads) -> Tensor
     return _attend(query, key_RSHX, key_RSHX[..., :LATENT], is_read_RS)
 
 
+def _attend_absorbed(kernels: Kernels, query: Tensor, cached: LayerCache, reads: list[Reads]) -> Tensor:
+    """Of queries that are at the latent already; the latent itself."""
+    heads = identity_heads(kernels, query.shape[1], latent=cached.layout.latent)
+    return kernels.attend_absorbed(query, heads, cached, reads)
+
+
 def _check_absorbed(kernels: Kernels, query: Tensor, reads: list[Reads]) -> None:
     cached = _cache(4200)
-    got = kernels.attend_absorbed(query, cached, reads, latent_width=LATENT)
+    got = _attend_absorbed(kernels, query, cached, reads)
     parts = query.split([read.num_rows for read in reads])
     expected = [_absorbed_expected(part, cached, read) for part, read in zip(parts, reads, strict=True)]
     assert_near(got, torch.cat(expected))
@@ -202,7 +216,7 @@ def test_absorbed_attention_of_several_sequences(kernels: Kernels) -> None:
 
 def test_absorbed_attention_of_far_apart_scores(kernels: Kernels) -> None:
     query, cached, read = random(3, 5, WIDTH, seed=23) * 20, _cache(2000), _dense(3, 700)
-    got = kernels.attend_absorbed(query, cached, [read], latent_width=LATENT)
+    got = _attend_absorbed(kernels, query, cached, [read])
     # As above: scores of some hundreds.
     assert_near(got, _absorbed_expected(query, cached, read), tolerance=1e-4)
 
@@ -213,7 +227,25 @@ def test_absorbed_attention_of_any_latent_width(kernels: Kernels, latent: int) -
     query, read = random(4, 3, latent + 8, seed=25) * latent**-0.5, _dense(4, 80)
     key = cached.rows_NW[read.context_S][None, :, None, : latent + 8].expand(4, -1, 3, -1)
     expected = _attend(query, key, key[..., :latent], _causal(4, 80))
-    assert_near(kernels.attend_absorbed(query, cached, [read], latent_width=latent), expected)
+    assert_near(_attend_absorbed(kernels, query, cached, [read]), expected)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_absorbed_attention_between_its_products(kernels: Kernels, num_rows: int, form: Form) -> None:
+    """Queries to the latent before it, the latent to values behind it."""
+    heads = AbsorbedHeads(
+        key_HCN=kernels.pack_heads(random(5, LATENT, 10, seed=40) * 10**-0.5, form),
+        value_HOC=kernels.pack_heads(random(5, 13, LATENT, seed=41) * LATENT**-0.5, form),
+    )
+    query, cached, read = (
+        random(num_rows, 5, 10 + WIDTH - LATENT, seed=42),
+        _cache(700),
+        _dense(num_rows, 300),
+    )
+    at_latent = torch.cat((heads.key_HCN(query[..., :10].contiguous()), query[..., 10:]), dim=-1)
+    expected = heads.value_HOC(_attend_absorbed(kernels, at_latent, cached, [read]))
+    assert torch.equal(kernels.attend_absorbed(query, heads, cached, [read]), expected)
 
 
 def test_absorbed_attention_takes_transposed_queries(kernels: Kernels) -> None:
