@@ -19,6 +19,7 @@ from wire.same_host import (
     send_message,
     send_text,
 )
+from workers.expert.call_queue import let_callers_finish
 from workers.expert.forward_stream import Submit
 
 _log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class _Connection:
         self._thread.join()
 
     def _run(self) -> None:
+        let_callers_finish()
         try:
             check_handshake(self._handshake, receive_handshake(self._socket).items())
             while self._take_call():

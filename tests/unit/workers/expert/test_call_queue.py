@@ -1,5 +1,6 @@
 """The queue before the arithmetic: who computes, what is computed together, what the answers say."""
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +27,7 @@ class Lab:
         self.batches: list[list[int]] = []
         self.computed_by: list[str] = []
         self.starts: list[str] = []
+        self.policies: list[int | None] = []
         self.answers: dict[int, Frame] = {}
         self.is_computing = threading.Event()
         self.may_go_on = threading.Event()
@@ -40,6 +42,7 @@ class Lab:
     def answer_all(self, frames: Sequence[Frame]) -> list[Frame]:
         self.batches.append([frame.call_id for frame in frames])
         self.computed_by.append(threading.current_thread().name)
+        self.policies.append(os.sched_getscheduler(0) if hasattr(os, "SCHED_BATCH") else None)
         self.is_computing.set()
         assert self.may_go_on.wait(WAIT_S)
         return [Frame(kind=FrameKind.PARTIAL, call_id=frame.call_id) for frame in frames]
@@ -114,3 +117,10 @@ def test_answers_say_how_many_rows_wait(lab: Lab) -> None:
 def test_frame_without_tensors_counts_no_rows(lab: Lab) -> None:
     lab.submit(Frame(kind=FrameKind.FORWARD, call_id=3), may_compute=True)
     assert lab.answers[3].queue_rows == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such scheduling policy on this system")
+def test_woken_thread_lets_its_caller_finish(lab: Lab) -> None:
+    lab.submit(call(1), may_compute=False)
+    lab.wait_answers(1)
+    assert lab.policies == [os.SCHED_BATCH]
