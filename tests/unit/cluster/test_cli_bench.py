@@ -144,7 +144,8 @@ def test_rates_of_a_row_fit_together(report: dict[str, Any], row_idx: int) -> No
 def test_profile_of_a_row_has_every_part(report: dict[str, Any], row_idx: int) -> None:
     step_ms = report["rows"][row_idx]["step_ms"]
     assert list(step_ms) == [*PARTS, "python"]
-    # No prompt of these reaches the indexer's selection: of it, only the keys are computed.
+    # No prompt of these reaches the indexer's selection, and its keys are part of attention's first product.
+    assert step_ms.pop("indexer") == 0
     assert min(step_ms.values()) > 0
 
 

@@ -69,7 +69,8 @@ def test_process_answers_every_prompt_with_the_moments_of_its_tokens() -> None:
     assert [len(times) for times in moments] == [4, 4]
     assert [times == sorted(times) for times in moments] == [True, True]
     assert [moment_s for moment_s, _ in clock.marks] == moments[0]
-    assert set(clock.seconds) == set(PARTS)
+    # The prompts are too short for the indexer to choose.
+    assert set(clock.seconds) == set(PARTS) - {"indexer"}
     assert done[-1][0] == done[-1][1]
 
 
