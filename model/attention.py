@@ -99,11 +99,9 @@ def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx:
     q_TQ, latent_TX, key_TI = weights.inputs_FD(x_TD)
     q_TQ = kernels.rms_norm(q_TQ, weights.query_norm_Q, eps=config.rms_norm_eps)
     kernels.store_rows(latent_TX, key_TI, weights.cache_norms, step.table, cached)
-    cached.on_stored()
     query_THQ = weights.query_b_HQ(q_TQ).view(-1, config.num_attention_heads, config.qk_head_dim)
     query_THQ = kernels.rotate_queries(query_THQ, step.table, config)
     reads = _absorbed_reads(x_TD, q_TQ, weights, step, cached=cached, layer_idx=layer_idx)
-    cached.load_latents([read.row_ids for read in reads])
     if sum(read.num_rows for read in reads) == step.batch.num_rows:
         value_THO = kernels.attend_absorbed(query_THQ, weights.absorbed, cached, reads)
     else:
@@ -124,7 +122,6 @@ def _expanded(
 ) -> Tensor:
     """(R, H, O) of a span's expanded rows."""
     reads = plan.reads(cached, plan.begin_row, plan.expanded_end)
-    cached.load_latents([reads.row_ids])
     return step.kernels.attend_expanded(query_RHQ, weights.expand_HVC, cached, reads)
 
 
@@ -165,7 +162,6 @@ def _select(
     scale = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
     head_RJ = weights.indexer.head_JD(x_TD[rows]) * scale
     query_RJI = kernels.rotate_index_queries(query_RJI, table)
-    cached.load_keys(reads.row_ids)
     score_RS = kernels.index_scores(query_RJI, head_RJ, cached, reads)
     return kernels.select_positions(
         score_RS, first_position=reads.first_position, num_selected=config.index_topk

@@ -95,18 +95,6 @@ class LayerCache:
         """Stores the batch's rows, (T, W)."""
         self.rows_NW[self.append_T] = rows_TW
 
-    def on_stored(self) -> None:
-        """Called when the batch's rows stand in `rows_NW`, before any is read.
-
-        Nothing here: a cache that holds rows in another form rounds them now.
-        """
-
-    def load_keys(self, row_ids: Tensor) -> None:
-        """Called before the indexer's keys of these rows are read; nothing: they lie as they are read."""
-
-    def load_latents(self, row_ids: Sequence[Tensor]) -> None:
-        """Called before latents and rope keys of these rows are read; nothing, as above."""
-
 
 class CacheView(Protocol):
     """The cache rows of the sequences of one batch."""

@@ -67,11 +67,6 @@ class Reads:
         """R."""
         return self.end_row - self.begin_row
 
-    @property
-    def row_ids(self) -> Tensor:
-        """The cache rows that any of the rows reads, of any shape; some more where rows see parts only."""
-        return self.context_S if self.selected_RU is None else self.selected_RU
-
     @cached_property
     def row_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """For each row the address of its list of cache rows, and its length; every layer asks again."""
