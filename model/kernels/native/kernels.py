@@ -35,8 +35,6 @@ class NativeMatrix:
         self._num_heads = num_heads
         self.num_columns = packed.num_columns
         """F."""
-        self.panel = packed.panel
-        """Columns of a panel."""
         self.struct = packed.struct()
         """What the library takes."""
 
@@ -60,12 +58,11 @@ class NativeMatrix:
 class NativeJoined:
     """Weights of the same rows as one: their outputs stand beside each other, each in whole panels."""
 
-    def __init__(self, matrix: NativeMatrix, widths: Sequence[int]) -> None:
+    def __init__(self, matrix: NativeMatrix, widths: Sequence[int], *, panel: int) -> None:
         self._matrix = matrix
-        panel = matrix.panel
-        padded = [-(-width // panel) * panel for width in widths]
-        begins = [0, *accumulate(padded)]
-        self._columns = [slice(begin, begin + width) for begin, width in zip(begins, widths, strict=False)]
+        ends = accumulate(-(-width // panel) * panel for width in widths)
+        begins = [0, *ends][:-1]
+        self._columns = [slice(begin, begin + width) for begin, width in zip(begins, widths, strict=True)]
 
     @property
     def num_bytes(self) -> int:
@@ -144,8 +141,10 @@ class NativeKernels:
         if not can_stack(stored, forms):
             parts = tuple(self.pack(part, form) for part, form in zip(stored, forms, strict=True))
             return ApartMatrices(parts=parts)
-        matrix = NativeMatrix(self._library, pack_stack(stored, forms[0]), num_threads=self._num_threads)
-        return NativeJoined(matrix, [len(part.values_FD) for part in stored])
+        packed = pack_stack(stored, forms[0])
+        matrix = NativeMatrix(self._library, packed, num_threads=self._num_threads)
+        widths = [len(part.values_FD) for part in stored]
+        return NativeJoined(matrix, widths, panel=packed.kind.panel)
 
     def pack_heads(self, weights_HFD: Tensor, form: Form) -> HeadMatrix:
         """One matrix a head; forms other than float32 are held in bfloat16."""

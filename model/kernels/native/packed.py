@@ -32,6 +32,11 @@ class Kind(IntEnum):
     FP8 = 2
     INT8 = 3
 
+    @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return INT8_PANEL if self is Kind.INT8 else PANEL
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
@@ -50,11 +55,6 @@ class Packed:
     """FP8: (panels, ceil(D/block)); INT8: (F padded)."""
     offset: Tensor | None = None
     """INT8: 128 times the sum of each column, (F padded) int32."""
-
-    @property
-    def panel(self) -> int:
-        """Columns of a panel."""
-        return INT8_PANEL if self.kind is Kind.INT8 else PANEL
 
     @property
     def num_bytes(self) -> int:
@@ -92,14 +92,13 @@ def pack_stack(parts: Sequence[StoredMatrix], form: Form, *, num_columns: int | 
     """
     first = parts[0]
     kind = _kind(first, form)
-    panel = INT8_PANEL if kind is Kind.INT8 else PANEL
-    num_panels = sum(-(-len(part.values_FD) // panel) for part in parts)
+    num_panels = sum(-(-len(part.values_FD) // kind.panel) for part in parts)
     pieces = (_pack_piece(piece, kind) for part in parts for piece in _pieces(part))
     values, *factors = _fill(pieces, num_panels)
     scales, offset = (*factors, None, None)[:2]
     return Packed(
         kind=kind,
-        num_columns=num_panels * panel if num_columns is None else num_columns,
+        num_columns=num_panels * kind.panel if num_columns is None else num_columns,
         width=first.values_FD.shape[1],
         values=values.flatten().view(torch.uint8),
         block=_block(first) if kind is Kind.FP8 else 0,

@@ -340,11 +340,11 @@ void attend_latents(const AbsorbedShape& s, const float* cache, const float* q, 
   }
 }
 
-
 // Queries brought to the latent, rope part behind: (R, H, width).
 void absorb(const AbsorbedShape& s, const Weight* key, const float* q, int num_rows, float* out, int num_threads) {
   const int nope = key->width, rope = s.width - s.latent, heads = s.num_heads;
   moray_gemm(key, heads, q, num_rows, (int64_t)heads * (nope + rope), nope + rope, out, (int64_t)heads * s.width, s.width, num_threads);
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_rows > num_threads)
   for (size_t i = 0; i < (size_t)num_rows * heads; i++)
     std::memcpy(out + i * s.width + s.latent, q + i * (nope + rope) + nope, rope * sizeof(float));
 }

@@ -74,7 +74,7 @@ extern "C" void moray_rotate(float* x, int num_rows, int num_heads, int64_t stri
       float* head = x + r * stride + h * head_stride;
       rotate_pairs(head + begin, cos + (size_t)r * half, sin + (size_t)r * half, half, is_interleaved ? 2 : 1,
                    is_interleaved ? 1 : half);
-      for (int i = 0; i < width; i++) head[i] *= scale;
+      for (int i = 0; i < width && scale != 1.f; i++) head[i] *= scale;
     }
 }
 
