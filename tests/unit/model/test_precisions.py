@@ -99,16 +99,11 @@ def test_fp8_is_no_worse_than_the_reference_runs(shape: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", CALM_SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_int8_keeps_the_best_tokens(shape: str, name: str) -> None:
     got = _agreement(shape, "int8", name=name)
     assert got.top1 >= INT8_TOP1
     assert got.kl_mean <= INT8_KL
-
-
-def test_int8_of_the_chaotic_shape_is_no_worse_than_the_references_bfloat16() -> None:
-    """93 % of its best tokens are kept, where the reference's own BF16 run keeps 62 %."""
-    _assert_no_worse(_agreement("sparse", "int8"), _reached("sparse", "hf_bf16"))
 
 
 @pytest.mark.parametrize("name", ["best", "torch"])
