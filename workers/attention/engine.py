@@ -7,26 +7,22 @@ in here is shared. An empty engine sleeps in `queue.get`.
 import logging
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from model.batch import Batch, CacheView, make_batch
 from model.transformer import Transformer
 from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
-from wire.frames import Array
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
-from workers.attention.sampler import sample_tokens
-from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step, split_step
+from workers.attention.runner import StepRunner
+from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
 from workers.attention.scoring import ScoreSpec, score_prompt
 from workers.attention.types import (
     Admitted,
@@ -69,6 +65,13 @@ class Engine:
         self._experts = parts.experts
         self._limits = parts.limits
         self._metrics = parts.metrics
+        self._runner = StepRunner(
+            transformer=parts.transformer,
+            cache=parts.cache,
+            experts=parts.experts,
+            micro_batches=parts.limits.micro_batches,
+            metrics=parts.metrics,
+        )
         self._sequences: dict[Key, SequenceState] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopping = False
@@ -162,62 +165,14 @@ class Engine:
     def _run_guarded(self, plan: StepPlan) -> None:
         running = [(self._sequences[key], num_tokens) for key, num_tokens in plan.run]
         try:
-            self._run(running)
+            for sequence, token_ids in self._runner.run(running):
+                for token_id in token_ids:
+                    self._append(sequence, token_id)
         except MorayError as error:
             self._fail(running, error)
         except Exception as error:  # noqa: BLE001  the thread must live on; mapped, logged, told to the callers
             _log.exception("engine step failed")
             self._fail(running, InternalError(f"engine step: {type(error).__name__}: {error}"))
-
-    def _run(self, running: list[tuple[SequenceState, int]]) -> None:
-        began_s = time.perf_counter()
-        num_rows = [num_tokens for _, num_tokens in running]
-        parts = split_step(num_rows, micro_batches=self._limits.micro_batches)
-        self._experts.begin_step()
-        hidden_TD = torch.cat(
-            self._transformer.forward_all(
-                [self._micro_batch(running[begin:end]) for begin, end in parts], self._experts
-            )
-        )
-        for sequence, num_tokens in running:
-            self._advance(sequence, num_tokens)
-        ends = accumulate(num_rows)
-        ready = [(end, s) for end, (s, _) in zip(ends, running, strict=True) if s.num_pending_tokens == 0]
-        if ready:
-            last_rows = torch.tensor([end - 1 for end, _ in ready], device=hidden_TD.device)
-            logits_BV = self._transformer.logits(hidden_TD[last_rows])
-            tokens = sample_tokens(
-                logits_BV,
-                [sequence.spec.sampling for _, sequence in ready],
-                positions=[_position(sequence) for _, sequence in ready],
-            )
-            for (_, sequence), token_id in zip(ready, tokens, strict=True):
-                self._append(sequence, token_id)
-        self._metrics.histogram("step_seconds").observe(time.perf_counter() - began_s)
-        self._metrics.histogram("step_tokens").observe(sum(num_rows))
-
-    def _micro_batch(self, running: list[tuple[SequenceState, int]]) -> tuple[Batch, CacheView]:
-        batch = make_batch(
-            [
-                s.token_ids[s.num_cached_tokens : s.num_cached_tokens + num_tokens]
-                for s, num_tokens in running
-            ],
-            first_positions=[s.num_cached_tokens for s, _ in running],
-            prompt_tokens=[s.spec.num_prompt_tokens for s, _ in running],
-        )
-        return batch, self._cache.view(batch, [s.pages for s, _ in running])
-
-    def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
-        """Counts computed rows and hands them on when another worker wants them."""
-        begin = sequence.num_cached_tokens
-        sequence.num_cached_tokens += num_tokens
-        phase = "decode" if sequence.phase is Phase.DECODE else "prefill"
-        self._metrics.counter("tokens_total", phase=phase).inc(num_tokens)
-        if sequence.spec.source is Source.PREFILL_ONLY:
-            flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=sequence.num_cached_tokens)
-            for layer_idx in range(self._transformer.config.num_hidden_layers):
-                rows_TW: Array = self._cache.read(layer_idx, flat_T).cpu().numpy()
-                sequence.sink(CacheRows(layer_idx, begin, rows_TW))
 
     def _append(self, sequence: SequenceState, token_id: int) -> None:
         """One more token; ends the sequence when it is the last."""
@@ -367,11 +322,6 @@ class Engine:
             self._metrics.gauge("selection_bias_on").set(online_bias.is_on)
             share = online_bias.num_changed / max(online_bias.num_choices, 1)
             self._metrics.gauge("selection_bias_changed_share").set(share)
-
-
-def _position(sequence: SequenceState) -> int:
-    """Index of the next token behind the client's own prompt."""
-    return len(sequence.token_ids) - sequence.spec.num_prompt_tokens
 
 
 def _resolve(future: "Future[None]") -> None:

@@ -141,3 +141,8 @@ class SequenceState:
     def num_pending_tokens(self) -> int:
         """Tokens whose cache rows are still to be computed."""
         return len(self.token_ids) - self.num_cached_tokens
+
+    @property
+    def sampling_position(self) -> int:
+        """Index of the next token behind the client's own prompt."""
+        return len(self.token_ids) - self.spec.num_prompt_tokens
