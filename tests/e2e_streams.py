@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.client import GenerateOptions, InferenceClient
 from wire.errors import MorayError
@@ -36,6 +36,8 @@ class Load:
     address: str
     prompts: tuple[tuple[int, ...], ...]
     max_tokens: int
+    is_sampled: bool
+    """Every second stream draws its tokens, from a seed of its own; the others are greedy."""
 
     def expected(self) -> tuple[tuple[list[int], ...], Answers]:
         """Every prompt's answer, all asked at once and twice; the second time is what others are held to."""
@@ -59,7 +61,9 @@ class Load:
     async def _once(self) -> tuple[tuple[list[int], ...], Answers]:
         answers = Answers()
         async with InferenceClient(self.address) as client:
-            found = await asyncio.gather(*(self._ask(client, prompt, answers) for prompt in self.prompts))
+            found = await asyncio.gather(
+                *(self._ask(client, idx, answers) for idx in range(len(self.prompts)))
+            )
         return tuple(found), answers
 
     async def _until(
@@ -68,7 +72,7 @@ class Load:
         async def repeat(client: InferenceClient, idx: int) -> None:
             while not is_over.is_set():
                 try:
-                    got = await self._ask(client, self.prompts[idx], answers)
+                    got = await self._ask(client, idx, answers)
                 except MorayError as error:
                     answers.wrong.append(f"prompt {idx}: {type(error).__name__}: {error.message}")
                     continue
@@ -79,11 +83,13 @@ class Load:
         async with InferenceClient(self.address) as client:
             await asyncio.gather(*(repeat(client, idx) for idx in range(len(self.prompts))))
 
-    async def _ask(self, client: InferenceClient, prompt: tuple[int, ...], answers: Answers) -> list[int]:
+    async def _ask(self, client: InferenceClient, idx: int, answers: Answers) -> list[int]:
         options = GenerateOptions(max_tokens=self.max_tokens, ignore_eos=True)
+        if self.is_sampled and idx % 2:
+            options = replace(options, temperature=1.0, seed=idx)
         tokens: list[int] = []
         last_s = time.monotonic()
-        async for message in client.stream(prompt, options):
+        async for message in client.stream(self.prompts[idx], options):
             now_s = time.monotonic()
             answers.longest_gap_s = max(answers.longest_gap_s, now_s - last_s)
             if tokens:
@@ -94,7 +100,9 @@ class Load:
         return tokens
 
 
-def make_load(address: str, *, num_streams: int = NUM_STREAMS, max_tokens: int = 60) -> Load:
+def make_load(
+    address: str, *, num_streams: int = NUM_STREAMS, max_tokens: int = 60, sampled: bool = False
+) -> Load:
     """Streams over prompts of 1 to 31 tokens, each its own."""
     prompts = tuple(tuple(3 + (7 * i + j) % 200 for j in range(1 + 2 * i)) for i in range(num_streams))
-    return Load(address, prompts, max_tokens)
+    return Load(address, prompts, max_tokens, sampled)
