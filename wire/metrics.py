@@ -54,6 +54,15 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_router_snapshot_version", Kind.GAUGE, "Newest cluster snapshot seen."),
     MetricSpec("moray_attention_requests", Kind.GAUGE, "Requests held, by state.", ("state",)),
     MetricSpec("moray_attention_pages", Kind.GAUGE, "KV pages, by state.", ("state",)),
+    MetricSpec(
+        "moray_attention_prefix_lookup_tokens_total",
+        Kind.COUNTER,
+        "Prompt tokens looked for in cached pages.",
+    ),
+    MetricSpec(
+        "moray_attention_prefix_hit_tokens_total", Kind.COUNTER, "Prompt tokens taken from cached pages."
+    ),
+    MetricSpec("moray_attention_prefix_evictions_total", Kind.COUNTER, "Cached pages given away again."),
     MetricSpec("moray_attention_integrity_errors_total", Kind.COUNTER, "Failed checks of the page accounts."),
     MetricSpec("moray_attention_tokens_total", Kind.COUNTER, "Tokens computed, by phase.", ("phase",)),
     MetricSpec("moray_attention_step_seconds", Kind.HISTOGRAM, "One step of the engine.", (), _SECONDS),

@@ -67,6 +67,8 @@ class KvConfig(FrozenConfig):
     """How cached values are held."""
     index_keys: Literal["float32", "int8"] = "float32"
     """How the indexer's keys are held; int8 reads a quarter of the bytes and may select other near-ties."""
+    prefix_reuse: bool = True
+    """Full pages stay after their request, and requests that begin with the same tokens share them."""
 
 
 class MtpConfig(FrozenConfig):

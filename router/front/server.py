@@ -113,4 +113,5 @@ def _response(
     if is_last:
         response.usage.prompt_tokens = len(request.prompt_ids)
         response.usage.completion_tokens = batch.first_idx + len(batch.token_ids)
+        response.usage.cached_tokens = batch.num_cached_tokens
     return response

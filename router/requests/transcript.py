@@ -11,6 +11,7 @@ class Transcript:
     def __init__(self, request: AdmittedRequest) -> None:
         self._request = request
         self._token_ids: list[int] = []
+        self._num_cached_tokens = 0
 
     @property
     def num_tokens(self) -> int:
@@ -42,10 +43,13 @@ class Transcript:
         Raises:
             InternalError: the worker sent more tokens than it was asked for.
         """
+        if not self._token_ids:
+            self._num_cached_tokens = min(event.num_cached_tokens, len(self._request.prompt_ids))
         batch = TokenBatch(
             first_idx=self.num_tokens,
             token_ids=tuple(event.token_ids),
             finish_reason=event.finish_reason,
+            num_cached_tokens=self._num_cached_tokens,
         )
         if self.num_tokens + len(batch.token_ids) > self._request.max_tokens:
             raise InternalError(
@@ -67,4 +71,9 @@ class Transcript:
             reason = common_pb2.FINISH_REASON_LENGTH
         if reason == common_pb2.FINISH_REASON_UNSPECIFIED:
             return None
-        return TokenBatch(first_idx=self.num_tokens, token_ids=(), finish_reason=reason)
+        return TokenBatch(
+            first_idx=self.num_tokens,
+            token_ids=(),
+            finish_reason=reason,
+            num_cached_tokens=self._num_cached_tokens,
+        )

@@ -41,6 +41,8 @@ class TokenBatch:
     token_ids: tuple[int, ...]
     finish_reason: "common_pb2.FinishReason.ValueType"
     """FINISH_REASON_UNSPECIFIED unless these are the last."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the workers of the first attempt did not have to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)

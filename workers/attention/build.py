@@ -10,10 +10,12 @@ from model.profile import StepClock
 from model.transformer import Transformer
 from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
 from wire.metrics import Metrics
+from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
 from workers.attention.engine import Engine, EngineParts
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
+from workers.attention.prefix import PrefixCache
 from workers.attention.scheduler import StepLimits
 from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig, SelectionBiasConfig
 from workers.packing import make_packing
@@ -87,6 +89,7 @@ def _engine(
     config: EngineConfig,
     metrics: Metrics,
 ) -> Engine:
+    pages = PageAllocator(config.group.num_pages, page_tokens=config.kv.page_tokens)
     parts = EngineParts(
         transformer=Transformer(
             model,
@@ -102,7 +105,8 @@ def _engine(
             layout=model.cache_layout(config.kv.index_keys),
             device=packing.device,
         ),
-        pages=PageAllocator(config.group.num_pages, page_tokens=config.kv.page_tokens),
+        pages=pages,
+        prefix=_prefix_cache(pages, config.kv, model, metrics=metrics),
         experts=experts,
         limits=StepLimits(
             config.group.max_batch_requests, config.group.max_step_tokens, config.group.micro_batches
@@ -110,6 +114,17 @@ def _engine(
         metrics=metrics,
     )
     return Engine(parts)
+
+
+def _prefix_cache(
+    pages: PageAllocator, config: KvConfig, model: ModelConfig, *, metrics: Metrics
+) -> PrefixCache:
+    rules = PrefixRules(
+        page_tokens=config.page_tokens,
+        cache_form=f"{config.dtype} {config.index_keys}",
+        index_topk=model.index_topk,
+    )
+    return PrefixCache(pages, rules=rules, is_on=config.prefix_reuse, metrics=metrics)
 
 
 def _online_bias(config: SelectionBiasConfig) -> OnlineBias | None:

@@ -21,6 +21,7 @@ from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
+from workers.attention.prefix import PrefixCache
 from workers.attention.runner import StepRunner
 from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
 from workers.attention.scoring import ScoreSpec, score_prompt
@@ -50,6 +51,8 @@ class EngineParts:
     transformer: Transformer
     cache: PagedCache
     pages: PageAllocator
+    prefix: PrefixCache
+    """Gives the pages away."""
     experts: Experts
     limits: StepLimits
     metrics: Metrics
@@ -62,6 +65,7 @@ class Engine:
         self._transformer = parts.transformer
         self._cache = parts.cache
         self._pages = parts.pages
+        self._prefix = parts.prefix
         self._experts = parts.experts
         self._limits = parts.limits
         self._metrics = parts.metrics
@@ -74,6 +78,7 @@ class Engine:
         )
         self._sequences: dict[Key, SequenceState] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._num_evictions_told = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -131,9 +136,10 @@ class Engine:
         self._transformer.start()
         self._export()
         while not self._is_stopping:
+            self._reuse()
             plan = plan_step(
                 [self._candidate(sequence) for sequence in self._sequences.values()],
-                num_free_pages=self._pages.num_free,
+                num_free_pages=self._pages.num_available,
                 limits=self._limits,
             )
             if not plan.admit and not plan.run:
@@ -157,15 +163,29 @@ class Engine:
     def _admit(self, plan: StepPlan) -> None:
         for key in plan.admit:
             sequence = self._sequences[key]
-            sequence.pages = self._pages.reserve(key, num_tokens=sequence.spec.num_reserved_tokens)
+            self._prefix.reserve(sequence)
             is_remote = sequence.spec.source is Source.REMOTE
             sequence.phase = Phase.RECEIVING if is_remote else Phase.PREFILL
             sequence.sink(Admitted())
+            if sequence.num_cached_tokens:
+                self._runner.give_rows(sequence, begin=0)
+
+    def _reuse(self) -> None:
+        """Skips what other sequences have computed by now."""
+        for sequence in self._sequences.values():
+            if sequence.phase is Phase.PREFILL:
+                begin = sequence.num_cached_tokens
+                self._prefix.adopt(sequence)
+                if sequence.num_cached_tokens > begin:
+                    self._runner.give_rows(sequence, begin=begin)
 
     def _run_guarded(self, plan: StepPlan) -> None:
         running = [(self._sequences[key], num_tokens) for key, num_tokens in plan.run]
         try:
-            for sequence, token_ids in self._runner.run(running):
+            new_tokens = self._runner.run(running)
+            for sequence, _ in running:
+                self._prefix.publish(sequence)
+            for sequence, token_ids in new_tokens:
                 for token_id in token_ids:
                     self._append(sequence, token_id)
         except MorayError as error:
@@ -185,7 +205,8 @@ class Engine:
             finish = Finish.LENGTH
         if finish is not None or sequence.spec.source is Source.PREFILL_ONLY:
             self._drop(sequence.spec.key)
-        sequence.sink(NewToken(token_id, finish))
+        num_reused_tokens = sequence.num_reused_tokens if sequence.num_new_tokens == 1 else 0
+        sequence.sink(NewToken(token_id, finish, num_reused_tokens))
 
     def _drop(self, key: Key) -> None:
         """Forgets a sequence; its pages are free afterwards."""
@@ -247,9 +268,11 @@ class Engine:
             what = f"rows [{begin}, {end}) of layer {rows.layer_idx}, shape {rows.rows_TW.shape}"
             self._fail([(sequence, 0)], FrameInvalid(f"cache {what} are not what {key} waits for"))
             return
-        flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=end)
-        # The copy is needed: the array is a read-only view of the received bytes.
-        self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TW.copy()).to(flat_T.device))
+        # Shared pages hold these rows already. The copy is needed: the array is a view of the received bytes.
+        first_own = min(max(begin, sequence.num_cached_tokens), end)
+        flat_T = self._cache.flat_rows(sequence.pages, begin=first_own, end=end)
+        own_TW = torch.from_numpy(rows.rows_TW[first_own - begin :].copy())
+        self._cache.write(rows.layer_idx, flat_T, own_TW.to(flat_T.device))
         sequence.num_received_rows[rows.layer_idx] = end
         self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TW.nbytes)
 
@@ -266,6 +289,7 @@ class Engine:
             self._fail([(sequence, 0)], FrameInvalid(message))
             return
         sequence.num_cached_tokens = num_tokens
+        self._prefix.publish(sequence)
         self._append(sequence, token_id)
 
     def _on_score(self, spec: ScoreSpec, future: "Future[dict[str, Tensor]]") -> None:
@@ -277,9 +301,8 @@ class Engine:
             future.set_exception(too_long)
             return
         if not self._pages.can_reserve(len(spec.token_ids)):
-            future.set_exception(
-                Overloaded(f"{self._pages.num_free} free pages do not hold the prompt; try later")
-            )
+            num_pages = self._pages.num_available
+            future.set_exception(Overloaded(f"{num_pages} free pages do not hold the prompt; try later"))
             return
         pages = self._pages.reserve(owner, num_tokens=len(spec.token_ids))
         try:
@@ -316,7 +339,11 @@ class Engine:
         for phase in Phase:
             self._metrics.gauge("requests", state=phase.value).set(counts[phase])
         self._metrics.gauge("pages", state="free").set(self._pages.num_free)
-        self._metrics.gauge("pages", state="used").set(self._pages.num_pages - self._pages.num_free)
+        self._metrics.gauge("pages", state="cached").set(self._pages.num_cached)
+        self._metrics.gauge("pages", state="used").set(self._pages.num_pages - self._pages.num_available)
+        evictions = self._metrics.counter("prefix_evictions_total")
+        evictions.inc(self._pages.num_evictions - self._num_evictions_told)
+        self._num_evictions_told = self._pages.num_evictions
         online_bias = self._transformer.online_bias
         if online_bias is not None:
             self._metrics.gauge("selection_bias_on").set(online_bias.is_on)

@@ -80,6 +80,10 @@ class StepRunner:
         sequence.num_cached_tokens += num_tokens
         phase = "decode" if sequence.phase is Phase.DECODE else "prefill"
         self.metrics.counter("tokens_total", phase=phase).inc(num_tokens)
+        self.give_rows(sequence, begin=begin)
+
+    def give_rows(self, sequence: SequenceState, *, begin: int) -> None:
+        """Hands the cached rows from `begin` on to the worker that wants them, if one does."""
         if sequence.spec.source is Source.PREFILL_ONLY:
             flat_T = self.cache.flat_rows(sequence.pages, begin=begin, end=sequence.num_cached_tokens)
             for layer_idx in range(self.transformer.config.num_hidden_layers):

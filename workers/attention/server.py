@@ -160,7 +160,9 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             async for event in self._run(spec, request, stack):
                 if isinstance(event, NewToken):
                     yield attention_pb2.SequenceEvent(
-                        token_ids=[event.token_id], finish_reason=FINISH_TO_PROTO[event.finish]
+                        token_ids=[event.token_id],
+                        finish_reason=FINISH_TO_PROTO[event.finish],
+                        num_cached_tokens=event.num_cached_tokens,
                     )
 
     @stream_errors

@@ -103,6 +103,8 @@ class NewToken:
 
     token_id: int
     finish: Finish | None
+    num_cached_tokens: int = 0
+    """With the first token: leading tokens of the prompt that were taken from pages of earlier requests."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ class SequenceState:
     num_cached_tokens: int = 0
     """Leading tokens whose cache rows are computed."""
     pages: tuple[int, ...] = ()
+    page_hashes: list[bytes] = field(default_factory=list)
+    """Of its first full pages (wire/prefix.py), as many as were asked for."""
+    num_published_pages: int = 0
+    """Leading pages that others may share."""
+    num_reused_tokens: int = 0
+    """Tokens whose cache rows were taken from others."""
     num_received_rows: dict[int, int] = field(default_factory=dict)
     """Layer -> leading rows that arrived, while RECEIVING."""
 

@@ -38,6 +38,16 @@ def test_replay_asks_for_the_rest_after_what_is_there(make):
     assert list(sequence.stop_token_ids) == [1]
 
 
+def test_cached_tokens_are_those_of_the_first_attempt(make):
+    """A replay hits what the first attempt computed: that is no saving. Never more than the prompt's 3."""
+    transcript = Transcript(make.request(max_tokens=4))
+    first = attention_pb2.SequenceEvent(token_ids=[20], num_cached_tokens=2)
+    assert transcript.accept(first).num_cached_tokens == 2
+    replay = attention_pb2.SequenceEvent(token_ids=[21, 22, 23], num_cached_tokens=3, finish_reason=LENGTH)
+    assert transcript.accept(replay).num_cached_tokens == 2
+    assert transcript.plan_ending().num_cached_tokens == 2
+
+
 def test_too_many_tokens_are_refused(make):
     transcript = Transcript(make.request(max_tokens=2))
     transcript.accept(event(20))

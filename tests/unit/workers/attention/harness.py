@@ -211,12 +211,15 @@ _NUMBERS = itertools.count()
 
 
 @contextlib.contextmanager
-def open_engine(shape: str, *, page_tokens: int = PAGE_TOKENS, **group: Any) -> Iterator[Lab]:
+def open_engine(
+    shape: str, *, page_tokens: int = PAGE_TOKENS, prefix_reuse: bool = True, **group: Any
+) -> Iterator[Lab]:
     """An engine that must be empty at the end and whose thread must end."""
     checkpoint, packing, experts = open_reference(shape)
     door, metrics = DoorExperts(experts), Metrics("attention")
     config = EngineConfig(
-        group=AttentionConfig(**{"num_pages": 128, **group}), kv=KvConfig(page_tokens=page_tokens)
+        group=AttentionConfig(**{"num_pages": 128, **group}),
+        kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse),
     )
     lab = Lab(build_engine(checkpoint, door, packing, config=config, metrics=metrics), door, metrics)
     lab.engine.start()

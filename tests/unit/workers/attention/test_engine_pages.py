@@ -16,7 +16,7 @@ PROMPT = tuple(range(3, 24))
 
 def test_more_requests_than_pages_all_finish_in_order() -> None:
     """Each needs 7 of 16 pages: two at a time, the oldest first."""
-    with open_engine("default", num_pages=16) as lab:
+    with open_engine("default", num_pages=16, prefix_reuse=False) as lab:
         expected = lab.run(PROMPT)
         lab.door.hold()
         listeners = [lab.submit(make_spec(PROMPT, request_id=str(i))) for i in range(6)]
@@ -46,7 +46,7 @@ def test_big_request_is_not_overtaken_for_ever() -> None:
 @pytest.mark.parametrize("state", ["waiting", "prefill", "decode"])
 def test_cancel_frees_the_pages(state: str) -> None:
     """Steps of 5 tokens: a prompt of 21 takes five of them."""
-    with open_engine("default", num_pages=16, max_step_tokens=5) as lab:
+    with open_engine("default", num_pages=16, max_step_tokens=5, prefix_reuse=False) as lab:
         lab.door.hold()
         owner = (
             lab.submit(make_spec(PROMPT, request_id="owner", max_tokens=40)) if state == "waiting" else None
@@ -139,7 +139,7 @@ def test_failed_step_fails_its_sequences_only(
     raised: Exception, told: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Three sequences, pages for two: those two fail, the third runs as if nothing had been."""
-    with open_engine("default", num_pages=14) as lab:
+    with open_engine("default", num_pages=14, prefix_reuse=False) as lab:
         expected = lab.run(PROMPT)
         lab.door.hold()
         failing = [lab.submit(make_spec(PROMPT, request_id=str(i))) for i in range(2)]
@@ -261,5 +261,5 @@ def test_requests_and_tokens_are_counted() -> None:
         lab.is_empty()
         assert lab.metric("tokens_total", phase="prefill") == 21
         assert lab.metric("tokens_total", phase="decode") == 7
-        assert lab.metric("pages", state="free") == 16
+        assert (lab.metric("pages", state="free"), lab.metric("pages", state="cached")) == (9, 7)
         assert lab.metric("step_tokens_sum") == 28

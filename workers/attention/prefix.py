@@ -1,0 +1,79 @@
+"""Prefix reuse: sequences take the pages that others have computed, and leave theirs to those who come after.
+
+One object of the engine thread between the page accounts and the sequences. Pages are found by the hashes of
+wire/prefix.py, so reuse changes no bit of any row. A full page is published as soon as it is computed:
+another sequence with the same prompt that is still at it takes it over.
+"""
+
+from wire.metrics import Metrics
+from wire.prefix import PrefixRules, extend_hashes
+from workers.attention.pages import PageAllocator
+from workers.attention.types import SequenceState, Source
+
+
+class PrefixCache:
+    """Gives sequences their pages, with what is cached of their prefix."""
+
+    def __init__(self, pages: PageAllocator, *, rules: PrefixRules, is_on: bool, metrics: Metrics) -> None:
+        self._pages = pages
+        self._rules = rules
+        self._is_on = is_on
+        self._metrics = metrics
+
+    def reserve(self, sequence: SequenceState) -> None:
+        """Gives a waiting sequence its pages; `num_cached_tokens` of its rows are there already."""
+        prefix = self._hashes(sequence)[: self._num_shareable(sequence)]
+        sequence.pages = self._pages.reserve(
+            sequence.spec.key, num_tokens=sequence.spec.num_reserved_tokens, prefix=prefix
+        )
+        self._count(sequence, self._pages.count_prefix(prefix))
+        self._metrics.counter("prefix_lookup_tokens_total").inc(len(prefix) * self._rules.page_tokens)
+
+    def adopt(self, sequence: SequenceState) -> None:
+        """Takes over the next pages of a prompt where another sequence has computed them by now."""
+        page_idx, rest = divmod(sequence.num_cached_tokens, self._rules.page_tokens)
+        if rest:
+            return
+        first_idx = page_idx
+        hashes = self._hashes(sequence)[: self._num_shareable(sequence)]
+        key = sequence.spec.key
+        while page_idx < len(hashes) and self._pages.adopt(key, page_idx=page_idx, digest=hashes[page_idx]):
+            page_idx += 1
+        if page_idx > first_idx:
+            sequence.pages = self._pages.pages_of(key)
+            self._count(sequence, page_idx)
+
+    def publish(self, sequence: SequenceState) -> None:
+        """Gives the pages that are full by now to those who come with the same prefix."""
+        num_full = sequence.num_cached_tokens // self._rules.page_tokens
+        if not self._is_on or num_full == sequence.num_published_pages:
+            return
+        hashes = self._hashes(sequence)
+        for page_idx in range(sequence.num_published_pages, num_full):
+            self._pages.publish(sequence.spec.key, page_idx=page_idx, digest=hashes[page_idx])
+        sequence.num_published_pages = num_full
+        sequence.pages = self._pages.pages_of(sequence.spec.key)
+
+    def _hashes(self, sequence: SequenceState) -> list[bytes]:
+        """Hashes of all full pages of its tokens; none where nothing is reused."""
+        if self._is_on:
+            extend_hashes(
+                sequence.page_hashes,
+                sequence.token_ids,
+                num_prompt_tokens=sequence.spec.num_prompt_tokens,
+                rules=self._rules,
+            )
+        return sequence.page_hashes
+
+    def _num_shareable(self, sequence: SequenceState) -> int:
+        """Pages that may come from others: one token is left to be computed, for the logits behind it."""
+        is_remote = sequence.spec.source is Source.REMOTE
+        num_tokens = len(sequence.token_ids) - (0 if is_remote else 1)
+        return num_tokens // self._rules.page_tokens
+
+    def _count(self, sequence: SequenceState, num_shared: int) -> None:
+        num_tokens = num_shared * self._rules.page_tokens - sequence.num_cached_tokens
+        sequence.num_cached_tokens += num_tokens
+        sequence.num_reused_tokens += num_tokens
+        sequence.num_published_pages = num_shared
+        self._metrics.counter("prefix_hit_tokens_total").inc(num_tokens)
