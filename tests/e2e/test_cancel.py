@@ -5,30 +5,11 @@ import time
 
 import grpc
 import pytest
-from e2e_cluster import Running, scrape, wait_until
+from e2e_cluster import Running, wait_until
+from e2e_pages import used_pages, wait_no_page_is_used
 
 from cluster.client import GenerateOptions, make_request
 from wire.proto import inference_pb2_grpc
-
-WORKERS = ("prefill-0", "decode-0")
-
-
-def used_pages(cluster: Running) -> dict[str, float]:
-    members = cluster.shell.members()
-    return {
-        worker: scrape(members[worker]["metrics_address"])['moray_attention_pages{state="used"}']
-        for worker in WORKERS
-    }
-
-
-def check_books(cluster: Running) -> None:
-    """No worker lost or doubled a page."""
-    members = cluster.shell.members()
-    for worker in WORKERS:
-        samples = scrape(members[worker]["metrics_address"])
-        assert samples["moray_attention_integrity_errors_total"] == 0
-        pages = {state: samples[f'moray_attention_pages{{state="{state}"}}'] for state in ("free", "used")}
-        assert sum(pages.values()) == members[worker]["num_pages"]
 
 
 def test_killing_the_client_mid_stream_frees_its_pages(cluster: Running) -> None:
@@ -38,8 +19,7 @@ def test_killing_the_client_mid_stream_frees_its_pages(cluster: Running) -> None
     client.send_signal(signal.SIGKILL)
     client.communicate(timeout=30)
 
-    wait_until(lambda: not any(used_pages(cluster).values()), what="the pages to be free")
-    check_books(cluster)
+    wait_no_page_is_used(cluster)
 
 
 def test_a_deadline_ends_the_request_and_frees_its_pages(cluster: Running) -> None:
@@ -47,8 +27,7 @@ def test_a_deadline_ends_the_request_and_frees_its_pages(cluster: Running) -> No
         "generate", "A long story", "--max-tokens", "3000", "--ignore-eos", "--deadline-s", "1.5"
     )
     assert done.returncode == 1
-    wait_until(lambda: not any(used_pages(cluster).values()), what="the pages to be free")
-    check_books(cluster)
+    wait_no_page_is_used(cluster)
 
 
 def test_cancelling_the_call_frees_its_pages(cluster: Running) -> None:
@@ -58,8 +37,7 @@ def test_cancelling_the_call_frees_its_pages(cluster: Running) -> None:
         call = inference_pb2_grpc.InferenceStub(channel).Generate(make_request([5] * 30, options))
         next(iter(call))
         call.cancel()
-    wait_until(lambda: not any(used_pages(cluster).values()), what="the pages to be free")
-    check_books(cluster)
+    wait_no_page_is_used(cluster)
 
 
 @pytest.mark.slow
@@ -69,5 +47,4 @@ def test_a_hundred_clients_leave_nothing_behind(cluster: Running) -> None:
         time.sleep(0.5 + i % 7 / 10)
         client.send_signal(signal.SIGKILL)
         client.communicate(timeout=30)
-    wait_until(lambda: not any(used_pages(cluster).values()), what="the pages to be free")
-    check_books(cluster)
+    wait_no_page_is_used(cluster)

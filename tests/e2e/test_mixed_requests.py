@@ -1,0 +1,118 @@
+"""Requests of every kind at once: each gets what it gets alone, whoever prefills and whoever gives up."""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_cluster import Running, end
+from e2e_pages import wait_no_page_is_used
+from mixed_requests import MixedRequest, answers_alone, differences, make_mixed
+
+from benchmarks._one_process import one_process
+from cluster.client import GenerateOptions, InferenceClient
+from model.make import make_checkpoint
+from wire.proto import inference_pb2
+
+EOS_TOKEN_ID = 1
+CONTEXT_TOKENS = 16384
+PAGES = {"num_pages": 8192, "max_step_tokens": 96}
+ROLES: dict[str, dict[str, Any]] = {
+    "apart": {"prefill": PAGES, "decode": PAGES},
+    "both": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "both": PAGES | {"replicas": 2}},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests to a checkpoint, and what each of them gets alone."""
+
+    model: Path
+    requests: list[MixedRequest]
+    alone: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in FP32 with a context that holds 8k tokens."""
+    path = tmp_path_factory.mktemp("model") / "long-tiny"
+    make_checkpoint(path, size="tiny", seed=0, dtype="float32")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT_TOKENS}))
+    return path
+
+
+def make_case(model: Path, *, num: int, longest_tokens: int) -> Case:
+    requests = make_mixed(num, seed=20, longest_tokens=longest_tokens, eos_token_id=EOS_TOKEN_ID)
+    with one_process(model) as engine:
+        return Case(model, requests, answers_alone(engine, requests))
+
+
+@pytest.fixture(scope="module")
+def few(model: Path) -> Case:
+    return make_case(model, num=24, longest_tokens=500)
+
+
+@pytest.fixture(scope="module")
+def many(model: Path) -> Case:
+    return make_case(model, num=200, longest_tokens=8000)
+
+
+@pytest.fixture(scope="module", params=ROLES)
+def cluster(request: pytest.FixtureRequest, model: Path, start: Callable[..., Running]) -> Iterator[Running]:
+    running = start(ROLES[request.param] | {"model": str(model)})
+    yield running
+    end(running.process)
+
+
+def test_few_mixed_requests_at_once_get_what_each_gets_alone(cluster: Running, few: Case) -> None:
+    check(cluster, few)
+
+
+@pytest.mark.slow
+def test_many_mixed_requests_at_once_get_what_each_gets_alone(cluster: Running, many: Case) -> None:
+    check(cluster, many)
+
+
+def check(cluster: Running, case: Case) -> None:
+    address = cluster.shell.members()["router-0"]["address"]
+    answers = asyncio.run(ask_all(address, case.requests))
+    assert differences(case.requests, answers, case.alone) == []
+    wait_no_page_is_used(cluster)
+
+
+async def ask_all(address: str, requests: Sequence[MixedRequest]) -> list[list[int]]:
+    async with InferenceClient(address) as client:
+        return await asyncio.gather(*(ask(client, request) for request in requests))
+
+
+async def ask(client: InferenceClient, request: MixedRequest) -> list[int]:
+    """The answer, or of a client that goes away as much of it as it read."""
+    tokens: list[int] = []
+    messages = client.stream(request.prompt, options_of(request))
+    async for message in messages:
+        check_message(message, len(tokens))
+        tokens += message.token_ids
+        if request.cancel_after_tokens is not None and len(tokens) >= request.cancel_after_tokens:
+            await messages.aclose()  # type: ignore[attr-defined] - it is a generator
+            return tokens[: request.cancel_after_tokens]
+    return tokens
+
+
+def check_message(message: inference_pb2.GenerateResponse, num_tokens: int) -> None:
+    """Nothing repeated, nothing missing."""
+    assert message.first_idx == num_tokens
+
+
+def options_of(request: MixedRequest) -> GenerateOptions:
+    return GenerateOptions(
+        max_tokens=request.max_tokens,
+        ignore_eos=EOS_TOKEN_ID not in request.stop_token_ids,
+        temperature=request.sampling.temperature,
+        top_p=request.sampling.top_p,
+        top_k=request.sampling.top_k,
+        seed=request.sampling.seed,
+    )

@@ -1,0 +1,84 @@
+"""Requests of every kind at once, in little room: each gets what it gets alone, in every arrangement."""
+
+import asyncio
+import functools
+from typing import Any
+
+import grpc
+import pytest
+from mixed_requests import MixedRequest, answers_alone, differences, make_mixed, with_stops
+
+from model.checkpoint import Checkpoint
+from tests.integration.workers.lab import Cluster, open_cluster, run_test
+from tests.reference_data import checkpoint_dir
+from wire.metrics import Metrics
+from workers.attention.build import EngineConfig, build_whole_engine
+from workers.config import AttentionConfig
+
+NUM_REQUESTS = 24
+LONGEST_TOKENS = 150
+FEW_PAGES = 48
+"""Of 4 tokens: one long request and a few short ones at a time."""
+
+ARRANGEMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "apart": {"prefill-0": {}, "decode-0": {}},
+    "apart-small-steps": {"prefill-0": {"max_step_tokens": 7}, "decode-0": {"max_step_tokens": 3}},
+    "apart-few-pages": {"prefill-0": {"num_pages": FEW_PAGES}, "decode-0": {"num_pages": FEW_PAGES}},
+    "both": {"both-0": {}},
+    "both-small-steps": {"both-0": {"max_step_tokens": 5, "max_batch_requests": 3}},
+    "both-one-token-steps": {"both-0": {"max_step_tokens": 1}},
+    "both-two-micro-batches": {"both-0": {"micro_batches": 2}},
+    "both-few-pages": {"both-0": {"num_pages": FEW_PAGES}},
+}
+SHAPES = ("sparse", "mtp")
+
+
+@functools.cache
+def case(shape: str) -> tuple[list[MixedRequest], list[list[int]]]:
+    """Requests, and the answers of one process that gets them one by one, unchunked and uncancelled."""
+    requests = make_mixed(NUM_REQUESTS, seed=5, longest_tokens=LONGEST_TOKENS)
+    checkpoint = Checkpoint.open(checkpoint_dir(shape))
+    config = EngineConfig(group=AttentionConfig(num_pages=64))
+    engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
+    engine.start()
+    try:
+        stopped = list(with_stops(requests, answers_alone(engine, requests), seed=6))
+        return stopped, answers_alone(engine, stopped)
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_mixed_requests_at_once_get_what_each_gets_alone(arrangement: str, shape: str) -> None:
+    requests, alone = case(shape)
+
+    async def main() -> None:
+        async with open_cluster(shape, attention=ARRANGEMENTS[arrangement]) as cluster:
+            answers = await asyncio.gather(*(ask(cluster, request) for request in requests))
+            assert differences(requests, answers, alone) == []
+
+    run_test(main())
+
+
+async def ask(cluster: Cluster, request: MixedRequest) -> list[int]:
+    """The answer, or of a client that goes away as much of it as it read."""
+    call = cluster.open_generate(
+        request.prompt,
+        at=next(name for name in cluster.attention if not name.startswith("prefill")),
+        max_tokens=request.max_tokens,
+        stop_token_ids=sorted(request.stop_token_ids),
+        sampling={
+            "temperature": request.sampling.temperature,
+            "top_p": request.sampling.top_p,
+            "top_k": request.sampling.top_k,
+            "seed": request.sampling.seed,
+        },
+    )
+    tokens: list[int] = []
+    while (event := await call.read()) is not grpc.aio.EOF:
+        tokens += event.token_ids
+        if request.cancel_after_tokens is not None and len(tokens) >= request.cancel_after_tokens:
+            call.cancel()
+            return tokens[: request.cancel_after_tokens]
+    return tokens
