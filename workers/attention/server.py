@@ -37,6 +37,7 @@ from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
 from workers.attention.kv_transfer import encode_transfer, receive_transfer
 from workers.attention.moe import RemoteExperts
+from workers.attention.relay import EventRelay
 from workers.attention.reports import TableReports
 from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
 from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
@@ -95,6 +96,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             metrics=self.metrics,
             on_progress=log_progress(_log, f"tensors of {worker_id}"),
         )
+        self._relay = EventRelay()
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
         )
@@ -191,14 +193,9 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, stack: contextlib.AsyncExitStack
     ) -> AsyncIterator[Event]:
         """The events of a sequence up to its last; leaving `stack` gives up what is not finished."""
-        loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def sink(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         stack.callback(self._engine.cancel, spec)
-        self._engine.submit(spec, sink)
+        self._engine.submit(spec, self._relay.sink(events))
         while True:
             event = await events.get()
             if isinstance(event, Failed):
