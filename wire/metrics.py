@@ -67,6 +67,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_attention_tokens_total", Kind.COUNTER, "Tokens computed, by phase.", ("phase",)),
     MetricSpec("moray_attention_step_seconds", Kind.HISTOGRAM, "One step of the engine.", (), _SECONDS),
     MetricSpec("moray_attention_step_tokens", Kind.HISTOGRAM, "Tokens of one step.", (), _TOKENS),
+    MetricSpec(
+        "moray_attention_drafts_total",
+        Kind.COUNTER,
+        "Tokens that the MTP layer drafted, by position in their step and by what became of them.",
+        ("position", "outcome"),
+    ),
     MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),
     MetricSpec(
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)

@@ -74,6 +74,8 @@ class KvConfig(FrozenConfig):
 class MtpConfig(FrozenConfig):
     """The multi-token-prediction layer."""
 
+    max_drafts: int = Field(0, ge=0, le=4)
+    """Tokens that it drafts at most for each step of a request, if the model has one; 0 = none."""
     zero_first_embedding: bool = False
     """Zero the embedding at position 0 before the layer, as vLLM does and SGLang does not."""
 

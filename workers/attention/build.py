@@ -1,5 +1,6 @@
 """Building an engine: the same parts in a worker of a cluster and whole in one process."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from model.checkpoint import Checkpoint
@@ -12,11 +13,13 @@ from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
+from workers.attention.drafter import MtpDrafter, Speculation
 from workers.attention.engine import Engine, EngineParts
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.prefix import PrefixCache
 from workers.attention.scheduler import StepLimits
+from workers.attention.speculation import DraftPolicy, DraftRules
 from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig, SelectionBiasConfig
 from workers.packing import make_packing
 
@@ -30,6 +33,8 @@ class EngineConfig:
     kv: KvConfig = field(default_factory=KvConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     selection_bias: SelectionBiasConfig = field(default_factory=SelectionBiasConfig)
+    change_speculation: Callable[[Speculation], Speculation] = lambda speculation: speculation
+    """For tests and benchmarks: what drafts in the MTP layer's place, and how often."""
 
 
 class InProcessExperts(LocalExperts):
@@ -90,21 +95,28 @@ def _engine(
     metrics: Metrics,
 ) -> Engine:
     pages = PageAllocator(config.group.num_pages, page_tokens=config.kv.page_tokens)
+    transformer = Transformer(
+        model,
+        weights,
+        packing.kernels,
+        zero_first_embedding=config.mtp.zero_first_embedding,
+        online_bias=_online_bias(config.selection_bias),
+    )
+    cache = PagedCache(
+        num_layers=model.num_cache_layers,
+        num_pages=config.group.num_pages,
+        page_tokens=config.kv.page_tokens,
+        layout=model.cache_layout(config.kv.index_keys),
+        device=packing.device,
+    )
+    speculation = None
+    if model.num_nextn_predict_layers and config.mtp.max_drafts:
+        drafter = MtpDrafter(transformer=transformer, cache=cache, experts=experts)
+        policy = DraftPolicy(DraftRules(max_drafts=config.mtp.max_drafts))
+        speculation = config.change_speculation(Speculation(drafter=drafter, policy=policy))
     parts = EngineParts(
-        transformer=Transformer(
-            model,
-            weights,
-            packing.kernels,
-            zero_first_embedding=config.mtp.zero_first_embedding,
-            online_bias=_online_bias(config.selection_bias),
-        ),
-        cache=PagedCache(
-            num_layers=model.num_cache_layers,
-            num_pages=config.group.num_pages,
-            page_tokens=config.kv.page_tokens,
-            layout=model.cache_layout(config.kv.index_keys),
-            device=packing.device,
-        ),
+        transformer=transformer,
+        cache=cache,
         pages=pages,
         prefix=_prefix_cache(pages, config.kv, model, metrics=metrics),
         experts=experts,
@@ -112,6 +124,7 @@ def _engine(
             config.group.max_batch_requests, config.group.max_step_tokens, config.group.micro_batches
         ),
         metrics=metrics,
+        speculation=speculation,
     )
     return Engine(parts)
 

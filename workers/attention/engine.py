@@ -19,6 +19,7 @@ from model.transformer import Transformer
 from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
+from workers.attention.drafter import Speculation
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.prefix import PrefixCache
@@ -56,6 +57,8 @@ class EngineParts:
     experts: Experts
     limits: StepLimits
     metrics: Metrics
+    speculation: Speculation | None = None
+    """Drafts tokens; None = nothing does."""
 
 
 class Engine:
@@ -73,8 +76,9 @@ class Engine:
             transformer=parts.transformer,
             cache=parts.cache,
             experts=parts.experts,
-            micro_batches=parts.limits.micro_batches,
+            limits=parts.limits,
             metrics=parts.metrics,
+            speculation=parts.speculation,
         )
         self._sequences: dict[Key, SequenceState] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -187,7 +191,9 @@ class Engine:
                 self._prefix.publish(sequence)
             for sequence, token_ids in new_tokens:
                 for token_id in token_ids:
-                    self._append(sequence, token_id)
+                    # One that ended with an accepted draft gets none of those behind it.
+                    if sequence.spec.key in self._sequences:
+                        self._append(sequence, token_id)
         except MorayError as error:
             self._fail(running, error)
         except Exception as error:  # noqa: BLE001  the thread must live on; mapped, logged, told to the callers

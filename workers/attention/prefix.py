@@ -45,7 +45,8 @@ class PrefixCache:
 
     def publish(self, sequence: SequenceState) -> None:
         """Gives the pages that are full by now to those who come with the same prefix."""
-        num_full = sequence.num_cached_tokens // self._rules.page_tokens
+        # Rows of accepted drafts are there before their tokens are.
+        num_full = min(sequence.num_cached_tokens, len(sequence.token_ids)) // self._rules.page_tokens
         if not self._is_on or num_full == sequence.num_published_pages:
             return
         hashes = self._hashes(sequence)

@@ -1,7 +1,7 @@
-"""One step of the model: the rows of some sequences, and a new token for each that has no more to compute."""
+"""One step of the model: the rows of some sequences, and new tokens for each that has no more to compute."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,25 +12,54 @@ from model.transformer import Transformer
 from wire.frames import Array
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
+from workers.attention.drafter import Speculation
 from workers.attention.moe import Experts
 from workers.attention.sampler import sample_tokens
-from workers.attention.scheduler import split_step
+from workers.attention.scheduler import StepLimits, split_step
+from workers.attention.speculation import accept_drafts
 from workers.attention.types import CacheRows, Phase, SequenceState, Source
 
 Running = Sequence[tuple[SequenceState, int]]
 """(sequence, tokens to compute, >= 1) of one step."""
 
+MAX_LATE_ROWS = 64
+"""Rows that the MTP layer may be behind in a sequence for which nothing is drafted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What one sequence computes in a step: its next tokens, and drafts of those behind them."""
+
+    sequence: SequenceState
+    num_tokens: int
+    draft_ids: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        begin = self.sequence.num_cached_tokens
+        return [*self.sequence.token_ids[begin : begin + self.num_tokens], *self.draft_ids]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the step gives it a token."""
+        return self.num_tokens == self.sequence.num_pending_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRunner:
-    """Runs steps on the engine's thread; changes nothing of a sequence but `num_cached_tokens`."""
+    """Runs steps on the engine's thread; of a sequence it changes `num_cached_tokens` and `hidden_rows`."""
 
     transformer: Transformer
     cache: PagedCache
     experts: Experts
-    micro_batches: int
-    """Parts of a step that take turns, at most."""
+    limits: StepLimits
     metrics: Metrics
+    speculation: Speculation | None = None
+    """Drafts tokens; None = nothing does."""
 
     def run(self, running: Running) -> list[tuple[SequenceState, tuple[int, ...]]]:
         """Computes one step; the sequences that got new tokens, with them, in the order of `running`.
@@ -39,40 +68,103 @@ class StepRunner:
             MorayError: an expert worker could not be reached in time, or another failure of the step.
         """
         began_s = time.perf_counter()
-        num_rows = [num_tokens for _, num_tokens in running]
-        parts = split_step(num_rows, micro_batches=self.micro_batches)
         self.experts.begin_step()
+        num_drafts = self._plan_drafts(running)
+        drafting_s = time.perf_counter()
+        step = self._draft(running, num_drafts)
+        parts = split_step([rows.num_rows for rows in step], micro_batches=self.limits.micro_batches)
         hidden_TD = torch.cat(
             self.transformer.forward_all(
-                [self._micro_batch(running[begin:end]) for begin, end in parts], self.experts
+                [self._micro_batch(step[begin:end]) for begin, end in parts], self.experts
             )
         )
-        for sequence, num_tokens in running:
-            self._advance(sequence, num_tokens)
-        ends = accumulate(num_rows)
-        ready = [(end, s) for end, (s, _) in zip(ends, running, strict=True) if s.num_pending_tokens == 0]
-        tokens: list[int] = []
-        if ready:
-            last_rows = torch.tensor([end - 1 for end, _ in ready], device=hidden_TD.device)
-            tokens = sample_tokens(
-                self.transformer.logits(hidden_TD[last_rows]),
-                [sequence.spec.sampling for _, sequence in ready],
-                positions=[sequence.sampling_position for _, sequence in ready],
-            )
-        self.metrics.histogram("step_seconds").observe(time.perf_counter() - began_s)
-        self.metrics.histogram("step_tokens").observe(sum(num_rows))
-        return [(sequence, (token_id,)) for (_, sequence), token_id in zip(ready, tokens, strict=True)]
+        new_ids = self._choose(step, hidden_TD)
+        ready = [(rows.sequence, ids) for rows, ids in zip(step, new_ids, strict=True) if ids]
+        self._advance_all(step, new_ids, hidden_TD)
+        ended_s = time.perf_counter()
+        self._learn(step, new_ids, num_drafts, seconds=ended_s - drafting_s)
+        self.metrics.histogram("step_seconds").observe(ended_s - began_s)
+        self.metrics.histogram("step_tokens").observe(hidden_TD.shape[0])
+        return ready
 
-    def _micro_batch(self, running: Running) -> tuple[Batch, CacheView]:
+    def _plan_drafts(self, running: Running) -> int:
+        """Tokens to draft for each sequence that decodes; the MTP layer is up to date afterwards."""
+        if self.speculation is None:
+            return 0
+        drafter, policy = self.speculation.drafter, self.speculation.policy
+        decoding = [sequence for sequence, _ in running if sequence.phase is Phase.DECODE]
+        num_drafts = policy.plan_drafts(len(decoding)) if decoding else 0
+        if num_drafts:
+            drafter.catch_up(decoding, max_rows=1 + num_drafts)
+        drafter.catch_up([sequence for sequence, _ in running], max_rows=MAX_LATE_ROWS)
+        return num_drafts
+
+    def _draft(self, running: Running, num_drafts: int) -> list[_Rows]:
+        """The step's rows; drafts fit in its tokens, in the pages and in what may still be generated."""
+        if self.speculation is None or num_drafts == 0:
+            return [_Rows(sequence=sequence, num_tokens=num_tokens) for sequence, num_tokens in running]
+        budget_tokens = self.limits.max_step_tokens - sum(num_tokens for _, num_tokens in running)
+        wanted = []
+        for sequence, _ in running:
+            most = min(num_drafts, budget_tokens, self._most_drafts(sequence))
+            wanted.append(max(most, 0))
+            budget_tokens -= wanted[-1]
+        drafts = self.speculation.drafter.draft([sequence for sequence, _ in running], wanted)
+        return [
+            _Rows(sequence=sequence, num_tokens=num_tokens, draft_ids=draft_ids)
+            for (sequence, num_tokens), draft_ids in zip(running, drafts, strict=True)
+        ]
+
+    def _most_drafts(self, sequence: SequenceState) -> int:
+        if sequence.phase is not Phase.DECODE:
+            return 0
+        free_rows = len(sequence.pages) * self.cache.page_tokens - len(sequence.token_ids)
+        return min(free_rows, sequence.spec.max_tokens - sequence.num_new_tokens - 1)
+
+    def _micro_batch(self, step: Sequence[_Rows]) -> tuple[Batch, CacheView]:
         batch = make_batch(
-            [
-                s.token_ids[s.num_cached_tokens : s.num_cached_tokens + num_tokens]
-                for s, num_tokens in running
-            ],
-            first_positions=[s.num_cached_tokens for s, _ in running],
-            prompt_tokens=[s.spec.num_prompt_tokens for s, _ in running],
+            [rows.token_ids for rows in step],
+            first_positions=[rows.sequence.num_cached_tokens for rows in step],
+            prompt_tokens=[rows.sequence.spec.num_prompt_tokens for rows in step],
         )
-        return batch, self.cache.view(batch, [s.pages for s, _ in running])
+        return batch, self.cache.view(batch, [rows.sequence.pages for rows in step])
+
+    def _choose(self, step: Sequence[_Rows], hidden_TD: torch.Tensor) -> list[tuple[int, ...]]:
+        """The new tokens of each sequence, none where there is more to compute."""
+        ends = accumulate(rows.num_rows for rows in step)
+        ready = [(end, rows) for end, rows in zip(ends, step, strict=True) if rows.is_ready]
+        if not ready:
+            return [()] * len(step)
+        # The row of draft j is chosen as if all drafts before it stood; it is read only if they did.
+        chosen = [
+            (end - 1 - num_left, rows.sequence, len(rows.draft_ids) - num_left)
+            for end, rows in ready
+            for num_left in reversed(range(1 + len(rows.draft_ids)))
+        ]
+        last_rows = torch.tensor([row for row, _, _ in chosen], device=hidden_TD.device)
+        token_ids = iter(
+            sample_tokens(
+                self.transformer.logits(hidden_TD[last_rows]),
+                [sequence.spec.sampling for _, sequence, _ in chosen],
+                positions=[sequence.sampling_position + ahead for _, sequence, ahead in chosen],
+            )
+        )
+        return [_accepted(rows, token_ids) if rows.is_ready else () for rows in step]
+
+    def _advance_all(
+        self, step: Sequence[_Rows], new_ids: Sequence[tuple[int, ...]], hidden_TD: torch.Tensor
+    ) -> None:
+        begin_row = 0
+        for rows, ids in zip(step, new_ids, strict=True):
+            num_kept = rows.num_tokens + max(len(ids) - 1, 0)
+            if self.speculation is not None and rows.sequence.spec.source is not Source.PREFILL_ONLY:
+                self.speculation.drafter.keep(
+                    rows.sequence,
+                    hidden_TD[begin_row : begin_row + num_kept],
+                    first_position=rows.sequence.num_cached_tokens,
+                )
+            self._advance(rows.sequence, num_kept)
+            begin_row += rows.num_rows
 
     def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
         """Counts computed rows and hands them on when another worker wants them."""
@@ -89,3 +181,32 @@ class StepRunner:
             for layer_idx in range(self.transformer.config.num_hidden_layers):
                 rows_TW: Array = self.cache.read(layer_idx, flat_T).cpu().numpy()
                 sequence.sink(CacheRows(layer_idx, begin, rows_TW))
+
+    def _learn(
+        self,
+        step: Sequence[_Rows],
+        new_ids: Sequence[tuple[int, ...]],
+        num_drafts: int,
+        *,
+        seconds: float,
+    ) -> None:
+        """Counts drafts, and tells the policy of a step in which all sequences decoded alike."""
+        if self.speculation is None:
+            return
+        for rows, ids in zip(step, new_ids, strict=True):
+            for position in range(len(rows.draft_ids)):
+                outcome = "accepted" if position < len(ids) - 1 else "rejected"
+                self.metrics.counter("drafts_total", position=str(position + 1), outcome=outcome).inc()
+        if all(r.sequence.phase is Phase.DECODE and len(r.draft_ids) == num_drafts for r in step):
+            accepted = [len(ids) - 1 for ids in new_ids]
+            self.speculation.policy.on_step(len(step), num_drafts, seconds=seconds, accepted=accepted)
+
+
+def _accepted(rows: _Rows, token_ids: Iterator[int]) -> tuple[int, ...]:
+    spec = rows.sequence.spec
+    return accept_drafts(
+        rows.draft_ids,
+        [next(token_ids) for _ in range(1 + len(rows.draft_ids))],
+        stop_token_ids=spec.stop_token_ids,
+        max_tokens=spec.max_tokens - rows.sequence.num_new_tokens,
+    )

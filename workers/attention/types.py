@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from wire.errors import MorayError
 from wire.frames import Array
+from workers.attention.hidden_rows import HiddenRows
 
 Key = tuple[str, int]
 """(request id, attempt): a replay of a request is another sequence."""
@@ -139,6 +140,8 @@ class SequenceState:
     """Tokens whose cache rows were taken from others."""
     num_received_rows: dict[int, int] = field(default_factory=dict)
     """Layer -> leading rows that arrived, while RECEIVING."""
+    hidden_rows: HiddenRows = field(default_factory=HiddenRows)
+    """What the MTP layer has not run over yet; empty where nothing is drafted."""
 
     @property
     def num_new_tokens(self) -> int:

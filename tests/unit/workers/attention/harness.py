@@ -18,6 +18,7 @@ from tests.reference_data import checkpoint_dir
 from wire.errors import MorayError
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.drafter import Speculation
 from workers.attention.engine import Engine
 from workers.attention.moe import Experts
 from workers.attention.types import (
@@ -31,7 +32,7 @@ from workers.attention.types import (
     SequenceSpec,
     Source,
 )
-from workers.config import AttentionConfig, ComputeConfig, KvConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig
 from workers.packing import make_packing
 
 WAIT_S = 30
@@ -212,7 +213,13 @@ _NUMBERS = itertools.count()
 
 @contextlib.contextmanager
 def open_engine(
-    shape: str, *, page_tokens: int = PAGE_TOKENS, prefix_reuse: bool = True, **group: Any
+    shape: str,
+    *,
+    page_tokens: int = PAGE_TOKENS,
+    prefix_reuse: bool = True,
+    max_drafts: int = 0,
+    change_speculation: Callable[[Speculation], Speculation] = lambda speculation: speculation,
+    **group: Any,
 ) -> Iterator[Lab]:
     """An engine that must be empty at the end and whose thread must end."""
     checkpoint, packing, experts = open_reference(shape)
@@ -220,6 +227,8 @@ def open_engine(
     config = EngineConfig(
         group=AttentionConfig(**{"num_pages": 128, **group}),
         kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse),
+        mtp=MtpConfig(max_drafts=max_drafts),
+        change_speculation=change_speculation,
     )
     lab = Lab(build_engine(checkpoint, door, packing, config=config, metrics=metrics), door, metrics)
     lab.engine.start()

@@ -1,0 +1,158 @@
+"""Speculative decoding: how many tokens to draft, and which of them stand. Pure decisions.
+
+A draft stands when it is the very token that the main model chooses at its position (docs/adr/0012), so the
+text is that of a worker that never drafts.
+"""
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+def accept_drafts(
+    draft_ids: Sequence[int], chosen_ids: Sequence[int], *, stop_token_ids: frozenset[int], max_tokens: int
+) -> tuple[int, ...]:
+    """The new tokens of a sequence: its first choice, and each further one whose draft stood.
+
+    Example: drafts 7, 8, 9 and choices 7, 8, 5, 4: the new tokens are 7, 8 and 5. With 7 as a stop token it
+    is 7 alone.
+
+    Args:
+        draft_ids: k drafted tokens.
+        chosen_ids: k + 1 tokens: the choice behind the last token, and behind each draft as if it stood.
+        stop_token_ids: nothing follows one of these.
+        max_tokens: new tokens at most, >= 1.
+    """
+    new_ids: list[int] = []
+    for position, token_id in enumerate(chosen_ids):
+        new_ids.append(token_id)
+        is_last = token_id in stop_token_ids or len(new_ids) == max_tokens
+        if is_last or position == len(draft_ids) or draft_ids[position] != token_id:
+            break
+    return tuple(new_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftRules:
+    """The bounds of the policy."""
+
+    max_drafts: int
+    """Drafted tokens of a sequence and step, at most; >= 1."""
+    probe_steps: int = 16
+    """Steps between two tries of another number of drafts, at first; doubled while the tries lose."""
+    max_probe_steps: int = 128
+    """The most steps between two tries."""
+    prior_chance: float = 0.6
+    """The chance that a draft stands, before any was seen."""
+    prior_weight: float = 2.0
+    """Drafts that the prior counts for."""
+    memory: float = 0.95
+    """What a step's drafts still count for one step later."""
+    prior_cost: float = 0.4
+    """Time of each draft, drafting and verifying, in steps without drafts, before it was measured."""
+
+
+@dataclass
+class _Chance:
+    """Of the drafts at one position whose predecessors stood: how many stood, the older counting less."""
+
+    num_drafted: float
+    num_accepted: float
+
+    @property
+    def share(self) -> float:
+        return self.num_accepted / self.num_drafted
+
+
+@dataclass
+class _Sizes:
+    """What is known of steps of about one number of sequences."""
+
+    seconds: defaultdict[int, deque[float]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=5))
+    )
+    """Number of drafts -> newest times of steps."""
+
+
+class DraftPolicy:
+    """Chooses the number of drafts that makes most tokens a second, from what it is told of steps.
+
+    It tries a neighbour of its choice now and then, and soon again when such a try won; that is all that text
+    without predictable tokens pays.
+    """
+
+    def __init__(self, rules: DraftRules) -> None:
+        self.max_drafts = rules.max_drafts
+        self._rules = rules
+        weight = rules.prior_weight
+        self._chances = [_Chance(weight, weight * rules.prior_chance) for _ in range(rules.max_drafts)]
+        self._sizes: defaultdict[int, _Sizes] = defaultdict(_Sizes)
+        self._best = 0
+        self._pause_steps = rules.probe_steps
+        self._until_probe = rules.probe_steps
+        self._probes_up = True
+
+    def plan_drafts(self, num_sequences: int) -> int:
+        """How many tokens to draft for each of the sequences of a decode step, 0 to max_drafts."""
+        best = max(range(self.max_drafts + 1), key=lambda k: self._rate(num_sequences, k))
+        if best != self._best:
+            self._best, self._pause_steps = best, self._rules.probe_steps
+            self._until_probe = min(self._until_probe, self._pause_steps)
+        self._until_probe -= 1
+        if self._until_probe > 0:
+            return best
+        self._until_probe = self._pause_steps
+        self._pause_steps = min(2 * self._pause_steps, self._rules.max_probe_steps)
+        self._probes_up = not self._probes_up
+        return self._neighbour(best)
+
+    def on_step(
+        self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
+    ) -> None:
+        """Learns from a step.
+
+        Args:
+            num_sequences: that decoded.
+            num_drafts: of each sequence, as planned.
+            seconds: of the whole step.
+            accepted: of each sequence that had all its drafts: how many stood.
+        """
+        self._sizes[num_sequences.bit_length()].seconds[num_drafts].append(seconds)
+        for position, chance in enumerate(self._chances[:num_drafts]):
+            num_tried = sum(stood >= position for stood in accepted)
+            num_stood = sum(stood > position for stood in accepted)
+            memory = self._rules.memory if num_tried else 1.0
+            chance.num_drafted = chance.num_drafted * memory + num_tried
+            chance.num_accepted = chance.num_accepted * memory + num_stood
+        if num_drafts > self._best and accepted:
+            rate = (1 + statistics.mean(accepted)) / self._seconds(num_sequences.bit_length(), num_drafts)
+            if rate > self._rate(num_sequences, self._best):
+                self._until_probe = min(self._until_probe, 2)
+
+    def _neighbour(self, best: int) -> int:
+        if best == self.max_drafts or (best > 0 and not self._probes_up):
+            return best - 1
+        return best + 1
+
+    def _rate(self, num_sequences: int, num_drafts: int) -> float:
+        """Expected tokens of a sequence in a second; any unit, but the same for all numbers of drafts."""
+        tokens, chance = 1.0, 1.0
+        for position in range(num_drafts):
+            chance *= self._chances[position].share
+            tokens += chance
+        return tokens / self._seconds(num_sequences.bit_length(), num_drafts)
+
+    def _seconds(self, size: int, num_drafts: int) -> float:
+        """The time of a step: measured, or by those with the next number of drafts that was."""
+        measured = {k: statistics.median(times) for k, times in self._sizes[size].seconds.items()}
+        if num_drafts in measured:
+            return measured[num_drafts]
+        prior = self._prior_cost(num_drafts)
+        if not measured:
+            return prior
+        nearest = min(measured, key=lambda k: (abs(k - num_drafts), k))
+        return measured[nearest] * prior / self._prior_cost(nearest)
+
+    def _prior_cost(self, num_drafts: int) -> float:
+        return 1.0 + self._rules.prior_cost * num_drafts
