@@ -11,18 +11,24 @@ from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.engine import Engine
 from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
-from workers.config import AttentionConfig, ComputeConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig
 
 
 @contextmanager
 def one_process(
-    path: Path, *, num_pages: int = 1024, num_threads: int = 1, dtype: Precision = "auto"
+    path: Path,
+    *,
+    num_pages: int = 1024,
+    num_threads: int = 1,
+    dtype: Precision = "auto",
+    prefix_reuse: bool = True,
 ) -> Iterator[Engine]:
     """The engine of a checkpoint, every expert in it."""
     checkpoint = open_checkpoint(path)
     config = EngineConfig(
         group=AttentionConfig(num_pages=num_pages, num_threads=num_threads),
         compute=ComputeConfig(dtype=dtype),
+        kv=KvConfig(prefix_reuse=prefix_reuse),
     )
     engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()

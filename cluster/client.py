@@ -47,9 +47,16 @@ def make_request(prompt: str | Sequence[int], options: GenerateOptions) -> infer
 class InferenceClient:
     """Requests to one router; use as an async context manager."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, has_own_connection: bool = False) -> None:
+        """Connects when first asked.
+
+        Args:
+            address: host:port of the router.
+            has_own_connection: share none with other clients of this process, as gRPC would.
+        """
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        own = (("grpc.use_local_subchannel_pool", 1),) if has_own_connection else ()
+        self._channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *own))
         self._stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self._channel)
 
     async def __aenter__(self) -> "InferenceClient":

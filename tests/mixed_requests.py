@@ -5,12 +5,13 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from cluster.client import GenerateOptions
 from workers.attention.engine import Engine
 from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
 
 MOST_NEW_TOKENS = 24
 NUM_PREFIXES = 3
-FIRST_BYTE_ID, NUM_BYTES = 3, 256
+EOS_TOKEN_ID, FIRST_BYTE_ID, NUM_BYTES = 1, 3, 256
 """The byte tokenizer's ids of bytes, which every checkpoint of the tests has."""
 
 
@@ -68,6 +69,18 @@ def _sampling(rng: random.Random) -> Sampling:
         top_p=rng.choice((0.5, 0.9, 1.0)),
         top_k=rng.choice((0, 5, 40)),
         seed=rng.getrandbits(64),
+    )
+
+
+def options_of(request: MixedRequest) -> GenerateOptions:
+    """The request as a client of the router asks it; of stop tokens there is only the end token."""
+    return GenerateOptions(
+        max_tokens=request.max_tokens,
+        ignore_eos=EOS_TOKEN_ID not in request.stop_token_ids,
+        temperature=request.sampling.temperature,
+        top_p=request.sampling.top_p,
+        top_k=request.sampling.top_k,
+        seed=request.sampling.seed,
     )
 
 

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 from e2e_cluster import Running, end
 from e2e_pages import wait_no_page_is_used
-from mixed_requests import MixedRequest, answers_alone, differences, make_mixed
+from mixed_requests import EOS_TOKEN_ID, MixedRequest, answers_alone, differences, make_mixed, options_of
 
 from benchmarks._one_process import one_process
-from cluster.client import GenerateOptions, InferenceClient
+from cluster.client import InferenceClient
 from model.make import make_checkpoint
 from wire.proto import inference_pb2
 
-EOS_TOKEN_ID = 1
 CONTEXT_TOKENS = 16384
 PAGES = {"num_pages": 8192, "max_step_tokens": 96}
 ROLES: dict[str, dict[str, Any]] = {
     "apart": {"prefill": PAGES, "decode": PAGES},
+    "apart-no-reuse": {"prefill": PAGES, "decode": PAGES, "kv": {"page_tokens": 4, "prefix_reuse": False}},
     "both": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "both": PAGES | {"replicas": 2}},
 }
 
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_case(model: Path, *, num: int, longest_tokens: int) -> Case:
     requests = make_mixed(num, seed=20, longest_tokens=longest_tokens, eos_token_id=EOS_TOKEN_ID)
-    with one_process(model) as engine:
+    with one_process(model, prefix_reuse=False) as engine:
         return Case(model, requests, answers_alone(engine, requests))
 
 
@@ -105,14 +105,3 @@ async def ask(client: InferenceClient, request: MixedRequest) -> list[int]:
 def check_message(message: inference_pb2.GenerateResponse, num_tokens: int) -> None:
     """Nothing repeated, nothing missing."""
     assert message.first_idx == num_tokens
-
-
-def options_of(request: MixedRequest) -> GenerateOptions:
-    return GenerateOptions(
-        max_tokens=request.max_tokens,
-        ignore_eos=EOS_TOKEN_ID not in request.stop_token_ids,
-        temperature=request.sampling.temperature,
-        top_p=request.sampling.top_p,
-        top_k=request.sampling.top_k,
-        seed=request.sampling.seed,
-    )

@@ -136,11 +136,13 @@ class Cluster:
         return await stub.LoadSlots(request, metadata=metadata or self.handshake.to_metadata())
 
     async def start_attention(
-        self, worker_id: str, *, page_tokens: int = PAGE_TOKENS, **group: Any
+        self, worker_id: str, *, page_tokens: int = PAGE_TOKENS, prefix_reuse: bool = True, **group: Any
     ) -> Worker:
         values = {"num_pages": 256, "max_step_tokens": 32, **group}
         engine = EngineConfig(
-            group=AttentionConfig(**values), compute=self.compute, kv=KvConfig(page_tokens=page_tokens)
+            group=AttentionConfig(**values),
+            compute=self.compute,
+            kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse),
         )
         settings = AttentionSettings(
             engine=engine,

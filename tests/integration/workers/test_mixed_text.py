@@ -13,7 +13,7 @@ from tests.integration.workers.lab import Cluster, open_cluster, run_test
 from tests.reference_data import checkpoint_dir
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, build_whole_engine
-from workers.config import AttentionConfig
+from workers.config import AttentionConfig, KvConfig
 
 NUM_REQUESTS = 24
 LONGEST_TOKENS = 150
@@ -22,13 +22,17 @@ FEW_PAGES = 48
 
 ARRANGEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "apart": {"prefill-0": {}, "decode-0": {}},
+    "apart-no-reuse": {"prefill-0": {"prefix_reuse": False}, "decode-0": {"prefix_reuse": False}},
+    "apart-reuse-in-decode": {"prefill-0": {"prefix_reuse": False}, "decode-0": {}},
     "apart-small-steps": {"prefill-0": {"max_step_tokens": 7}, "decode-0": {"max_step_tokens": 3}},
     "apart-few-pages": {"prefill-0": {"num_pages": FEW_PAGES}, "decode-0": {"num_pages": FEW_PAGES}},
     "both": {"both-0": {}},
+    "both-no-reuse": {"both-0": {"prefix_reuse": False}},
     "both-small-steps": {"both-0": {"max_step_tokens": 5, "max_batch_requests": 3}},
     "both-one-token-steps": {"both-0": {"max_step_tokens": 1}},
     "both-two-micro-batches": {"both-0": {"micro_batches": 2}},
     "both-few-pages": {"both-0": {"num_pages": FEW_PAGES}},
+    "both-few-pages-no-reuse": {"both-0": {"num_pages": FEW_PAGES, "prefix_reuse": False}},
 }
 SHAPES = ("sparse", "mtp")
 
@@ -38,7 +42,7 @@ def case(shape: str) -> tuple[list[MixedRequest], list[list[int]]]:
     """Requests, and the answers of one process that gets them one by one, unchunked and uncancelled."""
     requests = make_mixed(NUM_REQUESTS, seed=5, longest_tokens=LONGEST_TOKENS)
     checkpoint = Checkpoint.open(checkpoint_dir(shape))
-    config = EngineConfig(group=AttentionConfig(num_pages=64))
+    config = EngineConfig(group=AttentionConfig(num_pages=64), kv=KvConfig(prefix_reuse=False))
     engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     try:
