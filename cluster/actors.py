@@ -4,10 +4,12 @@
 """
 
 import asyncio
+import logging
 import os
+import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import ray
 import ray.util
@@ -15,6 +17,7 @@ import ray.util
 from cluster.config import MorayConfig
 from cluster.logs import configure_logging
 from cluster.models import find_model
+from cluster.sigterm import SigtermWatch
 from model.kernels.native.library import limit_spinning
 from wire.metrics import Metrics
 
@@ -47,6 +50,9 @@ class StartReport:
     num_pages: int = 0
 
 
+_log = logging.getLogger(__name__)
+
+_FAREWELL_S = 1.0
 _ANY_HOST = ("0.0.0.0", "::")
 
 
@@ -72,10 +78,21 @@ class _Server(Protocol):
     async def stop(self) -> None: ...
 
 
+@runtime_checkable
+class _Drains(Protocol):
+    async def drain(self) -> None: ...
+
+
 class MemberActor:
-    """What every member has in Ray; its methods run on the actor's asyncio loop."""
+    """What every member has in Ray; its methods run on the actor's asyncio loop.
+
+    SIGTERM is as good as `stop`: the process ends when it has left in order.
+    """
 
     def __init__(self) -> None:
+        self._sigterm: SigtermWatch | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._exiting: asyncio.Task[None] | None = None
         self._report: StartReport | None = None
         self._starting = asyncio.Lock()
         self._stopped = asyncio.Event()
@@ -91,6 +108,7 @@ class MemberActor:
             if self._report is None:
                 configure_logging(spec.config.log_level, role=spec.role, member_id=spec.worker_id)
                 self._report = await self._serve(spec)
+                self._sigterm = SigtermWatch(self._on_sigterm)
             return self._report
 
     async def wait_stopped(self) -> None:
@@ -99,8 +117,24 @@ class MemberActor:
 
     async def stop(self) -> None:
         """Ends what it serves."""
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave(), name="leave")
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
         await self._end()
         self._stopped.set()
+
+    def _on_sigterm(self) -> None:
+        _log.info("SIGTERM: leaving")
+        if self._exiting is None:
+            self._exiting = asyncio.create_task(self._leave_and_exit(), name="sigterm")
+
+    async def _leave_and_exit(self) -> None:
+        await self.stop()
+        # The controller hears of it through `wait_stopped`; one that is away will see a process gone.
+        await asyncio.sleep(_FAREWELL_S)
+        os._exit(128 + signal.SIGTERM)
 
     async def _serve(self, spec: StartSpec) -> StartReport:
         raise NotImplementedError
@@ -110,7 +144,7 @@ class MemberActor:
 
 
 class WorkerActor(MemberActor):
-    """An expert or attention worker."""
+    """An expert or attention worker; `stop` lets running requests finish first (drain_s of its group)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +161,8 @@ class WorkerActor(MemberActor):
 
     async def _end(self) -> None:
         if self._server is not None:
+            if isinstance(self._server, _Drains):
+                await self._server.drain()
             await self._server.stop()
 
 

@@ -39,7 +39,7 @@ class ControllerConfig(FrozenConfig):
     reader_lease_s: float = Field(15.0, gt=0)
     """Seconds after which an attention worker that does not report keeps no old routing table alive."""
     retire_s: float = Field(5.0, gt=0)
-    """Seconds that a worker which leaves the cluster gets to end by itself."""
+    """Seconds that a worker which leaves gets to end by itself, after the `drain_s` of its group."""
 
 
 class BalanceConfig(FrozenConfig):

@@ -29,8 +29,8 @@ class ControlHandler(Protocol):
     async def shutdown(self) -> None:
         """Ends the whole cluster."""
 
-    async def on_report(self, member_id: str, table_version: int) -> None:
-        """An attention worker says which table it uses."""
+    async def on_report(self, member_id: str, table_version: int, *, trouble: str) -> None:
+        """An attention worker says which table it uses, and why it takes no requests."""
 
     async def scale(self, role: str, num_workers: int) -> int:
         """Gives a role so many workers; the version of the table then."""
@@ -104,8 +104,8 @@ class ControlServer(control_pb2_grpc.ControlServicer):
     async def Report(
         self, request: control_pb2.ReportRequest, context: Context
     ) -> control_pb2.ReportResponse:
-        """Notes which table an attention worker uses."""
-        await self._handler.on_report(request.member_id, request.table_version)
+        """Notes which table an attention worker uses, and whether it takes requests."""
+        await self._handler.on_report(request.member_id, request.table_version, trouble=request.trouble)
         return control_pb2.ReportResponse()
 
     @unary_errors

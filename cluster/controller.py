@@ -109,11 +109,17 @@ class Controller:
         await asyncio.gather(*(self._launcher.stop(worker_id, grace_s=5) for worker_id in workers))
         self.stopped.set()
 
-    async def on_report(self, member_id: str, table_version: int) -> None:
-        """An attention worker says which table it uses, so that what only older ones name can be freed."""
+    async def on_report(self, member_id: str, table_version: int, *, trouble: str) -> None:
+        """An attention worker says which table it uses, so that what only older ones name can be freed.
+
+        The router leaves one alone that has trouble.
+        """
         self._reported_s[member_id] = time.monotonic()
-        if self._state.on_report(member_id, table_version):
-            await self._rollout.follow_up()
+        has_news = self._state.on_trouble(member_id, trouble)
+        if has_news:
+            _log.warning("%s: %s", member_id, trouble or "takes requests again")
+        if self._state.on_report(member_id, table_version) or has_news:
+            await self._rollout.follow_up(has_news=has_news)
 
     async def scale(self, role: str, num_workers: int) -> int:
         """Has a role so many members; returns the table's version when they work and the others have left.
@@ -243,9 +249,9 @@ class Controller:
         await self._rollout.disconnect(worker_id)
 
     async def _retire(self, worker_id: str) -> None:
-        """Lets a member go: an expert worker when no table in use names it, an attention worker at once.
+        """Lets a member go: an expert worker when no table in use names it, an attention worker drained.
 
-        The router starts the requests of an attention worker again on another one.
+        The router replays on another one what such a worker cannot finish.
         """
         role = role_of(worker_id)
         if role == "expert":
@@ -255,11 +261,15 @@ class Controller:
         if not self._state.member(worker_id).is_leaving:
             return
         await cancel(self._tasks.pop(worker_id))
-        await self._launcher.stop(worker_id, grace_s=self._config.controller.retire_s)
+        await self._launcher.stop(worker_id, grace_s=self._drain_s(role) + self._config.controller.retire_s)
         await self._rollout.disconnect(worker_id)
         self._state.on_gone(worker_id)
         _log.info("%s has left", worker_id)
         await self._rollout.follow_up(has_news=True)
+
+    def _drain_s(self, role: str) -> float:
+        """What a member's running requests get, once it is told to stop."""
+        return float(getattr(self._config, role).drain_s) if role in ATTENTION_ROLES else 0.0
 
     def _holds_nothing(self, worker_id: str) -> bool:
         """Whether nobody needs an expert worker; not known of one that has not said what it holds."""
@@ -309,7 +319,7 @@ class Controller:
         """Whether a role has its members, all of them at work, or has been given another size since."""
         present = [member for member in self._state.members() if member.role == role]
         is_over = self._state.num_workers()[role] != num_workers
-        is_whole = len(present) == num_workers and all(member.is_ready for member in present)
+        is_whole = len(present) == num_workers and all(member.can_work for member in present)
         return is_over or (is_whole and self._state.tables.is_settled)
 
     def _supervise_from_now(self, worker_id: str) -> None:

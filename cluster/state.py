@@ -81,7 +81,7 @@ class ClusterState:
         """A process is gone or does not answer."""
         lost = self._members[worker_id]
         self._members[worker_id] = replace(
-            lost, address="", metrics_address="", is_ready=False, problem=problem
+            lost, address="", metrics_address="", is_ready=False, problem=problem, trouble=""
         )
         if lost.role == "expert":
             self.tables.on_worker_lost(worker_id)
@@ -94,9 +94,18 @@ class ClusterState:
         Returns:
             Whether that is news.
         """
-        member = self._members.get(member_id)
-        is_running = member is not None and member.role in ATTENTION_ROLES and bool(member.address)
-        return is_running and self.tables.on_reader(member_id, table_version)
+        return self._is_running_reader(member_id) and self.tables.on_reader(member_id, table_version)
+
+    def on_trouble(self, member_id: str, trouble: str) -> bool:
+        """An attention worker says why it takes no requests, or that it takes them ("").
+
+        Returns:
+            Whether that is news.
+        """
+        if not self._is_running_reader(member_id) or self._members[member_id].trouble == trouble:
+            return False
+        self._members[member_id] = replace(self._members[member_id], trouble=trouble)
+        return True
 
     def is_prepared(self, worker_id: str) -> bool:
         """Whether an expert worker holds all that a placement gives it."""
@@ -192,10 +201,11 @@ class ClusterState:
     def waiting_for(self) -> str:
         """What stands between now and a whole cluster; "" when nothing does."""
         staying = [member for member in self._members.values() if not member.is_leaving]
-        missing = [member for member in staying if not member.is_ready]
+        missing = [member for member in staying if not member.can_work]
         if not missing:
             return ""
-        named = ", ".join(f"{m.worker_id} ({m.problem})" if m.problem else m.worker_id for m in missing[:4])
+        whys = [(member.worker_id, member.trouble or member.problem) for member in missing[:4]]
+        named = ", ".join(f"{worker_id} ({why})" if why else worker_id for worker_id, why in whys)
         return f"{len(missing)} of {len(staying)} members: {named}{', ...' if len(missing) > 4 else ''}"
 
     def snapshot(self, *, table_unix_s: float = 0.0) -> control_pb2.ClusterSnapshot:
@@ -223,6 +233,10 @@ class ClusterState:
         ):
             self._table_message = table_to_proto(table)
         return self._table_message
+
+    def _is_running_reader(self, member_id: str) -> bool:
+        member = self._members.get(member_id)
+        return member is not None and member.role in ATTENTION_ROLES and bool(member.address)
 
     def _host(self, worker_id: str) -> ExpertHost:
         node = self._members[worker_id].node

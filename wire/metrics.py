@@ -64,6 +64,9 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("moray_attention_prefix_evictions_total", Kind.COUNTER, "Cached pages given away again."),
     MetricSpec("moray_attention_integrity_errors_total", Kind.COUNTER, "Failed checks of the page accounts."),
+    MetricSpec(
+        "moray_attention_drained_total", Kind.COUNTER, "Requests held when it began to leave.", ("result",)
+    ),
     MetricSpec("moray_attention_tokens_total", Kind.COUNTER, "Tokens computed, by phase.", ("phase",)),
     MetricSpec("moray_attention_step_seconds", Kind.HISTOGRAM, "One step of the engine.", (), _SECONDS),
     MetricSpec("moray_attention_step_tokens", Kind.HISTOGRAM, "Tokens of one step.", (), _TOKENS),

@@ -47,6 +47,8 @@ class AttentionConfig(WorkerGroupConfig):
     micro_batches: int = Field(1, ge=1, le=2)
     """Parts of a step that take turns: one computes attention while the experts of the other are under way.
     2 pays where expert workers have machines of their own; each part reads its experts' weights."""
+    drain_s: float = Field(30.0, ge=0)
+    """Seconds that requests get to finish on a worker that leaves; then the router replays them elsewhere."""
 
 
 class ComputeConfig(FrozenConfig):

@@ -38,6 +38,13 @@ class MemberState:
     num_pages: int = 0
     problem: str = ""
     """Why it is not ready; "" while it simply starts."""
+    trouble: str = ""
+    """Why it takes no requests although it runs, in its own words; "" = it does."""
+
+    @property
+    def can_work(self) -> bool:
+        """Whether it is up and takes work."""
+        return self.is_ready and not self.trouble
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +102,7 @@ def member_to_proto(member: MemberState) -> control_pb2.Member:
         address=member.address,
         metrics_address=member.metrics_address,
         incarnation=member.incarnation,
-        is_ready=member.is_ready and not (member.is_leaving and member.role in ATTENTION_ROLES),
+        is_ready=member.can_work and not (member.is_leaving and member.role in ATTENTION_ROLES),
         num_pages=member.num_pages,
         is_leaving=member.is_leaving,
     )

@@ -81,7 +81,8 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life.
+        """An attention worker says which routing table its engine uses and whether it can work: on every change, and
+        now and then as a sign of life.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

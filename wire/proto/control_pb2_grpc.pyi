@@ -38,7 +38,9 @@ class ControlStub:
     Shutdown: _grpc.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]
     """Stops every worker and then the controller; answers when the workers are gone."""
     Report: _grpc.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]
-    """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+    """An attention worker says which routing table its engine uses and whether it can work: on every change, and
+    now and then as a sign of life.
+    """
     Scale: _grpc.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]
     """Changes how many workers a role has; answers when the cluster is as asked."""
     Rebalance: _grpc.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]
@@ -54,7 +56,9 @@ class ControlAsyncStub(ControlStub):
     Shutdown: _aio.UnaryUnaryMultiCallable[_control_pb2.ShutdownRequest, _control_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Stops every worker and then the controller; answers when the workers are gone."""
     Report: _aio.UnaryUnaryMultiCallable[_control_pb2.ReportRequest, _control_pb2.ReportResponse]  # type: ignore[assignment]
-    """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+    """An attention worker says which routing table its engine uses and whether it can work: on every change, and
+    now and then as a sign of life.
+    """
     Scale: _aio.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]  # type: ignore[assignment]
     """Changes how many workers a role has; answers when the cluster is as asked."""
     Rebalance: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]  # type: ignore[assignment]
@@ -85,7 +89,9 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ReportResponse, _abc.Awaitable[_control_pb2.ReportResponse]]:
-        """An attention worker says which routing table its engine uses: on every change, and now and then as a sign of life."""
+        """An attention worker says which routing table its engine uses and whether it can work: on every change, and
+        now and then as a sign of life.
+        """
 
     @_abc_1.abstractmethod
     def Scale(

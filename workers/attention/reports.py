@@ -1,6 +1,7 @@
-"""Reports to the controller: which routing table the engine uses, so that older ones can be given up."""
+"""Reports to the controller: which routing table the engine uses, and whether the worker takes requests."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -12,16 +13,21 @@ from wire.rpc import CHANNEL_OPTIONS
 
 _log = logging.getLogger(__name__)
 
-_EVERY_S = 2.0
+_EVERY_S = 1.0
 """A report is a sign of life too: nobody waits for who is silent (controller.reader_lease_s)."""
 _DEADLINE_S = 2.0
 
 
-class TableReports:
-    """Reports after every change and every few seconds; runs on one asyncio loop."""
+class Reports:
+    """Reports after every change and every second; runs on one asyncio loop."""
 
     def __init__(
-        self, controller_address: str, *, member_id: str, table_in_use: Callable[[], Awaitable[int]]
+        self,
+        controller_address: str,
+        *,
+        member_id: str,
+        table_in_use: Callable[[], Awaitable[int]],
+        trouble: Callable[[], str],
     ) -> None:
         """Makes one that says nothing yet.
 
@@ -29,33 +35,52 @@ class TableReports:
             controller_address: host:port.
             member_id: who reports.
             table_in_use: waits until no call under an older table than the newest is open; its version.
+            trouble: why the worker takes no requests now; "" = it does.
         """
         self._address = controller_address
         self._member_id = member_id
         self._table_in_use = table_in_use
-        self._has_changed = asyncio.Event()
+        self._trouble = trouble
+        self._table_version = 0
+        self._has_table = asyncio.Event()
+        """The engine was offered a table that it may not use yet."""
+        self._has_news = asyncio.Event()
 
-    def notice_change(self) -> None:
+    def notice_table(self) -> None:
         """The engine was offered a newer table: report as soon as it uses it."""
-        self._has_changed.set()
+        self._has_table.set()
+
+    def notice_trouble(self) -> None:
+        """Whether the worker takes requests has changed: report now."""
+        self._has_news.set()
 
     async def run(self) -> None:
         """Reports until cancelled; a controller that is away is told when it is back."""
-        version = 0
-        async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
-            stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
-            while True:
-                if self._has_changed.is_set():
-                    self._has_changed.clear()
-                    version = await self._table_in_use()
-                await self._send(stub, version)
-                try:
-                    await asyncio.wait_for(self._has_changed.wait(), _EVERY_S)
-                except TimeoutError:
-                    continue
+        following = asyncio.create_task(self._follow_table(), name="table-in-use")
+        try:
+            async with grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS) as channel:
+                stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+                while True:
+                    self._has_news.clear()
+                    await self._send(stub)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._has_news.wait(), _EVERY_S)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
-    async def _send(self, stub: "control_pb2_grpc.ControlAsyncStub", version: int) -> None:
-        report = control_pb2.ReportRequest(member_id=self._member_id, table_version=version)
+    async def _follow_table(self) -> None:
+        """A step that takes long keeps the table from being told, not the signs of life."""
+        while True:
+            await self._has_table.wait()
+            self._has_table.clear()
+            self._table_version = await self._table_in_use()
+            self._has_news.set()
+
+    async def _send(self, stub: "control_pb2_grpc.ControlAsyncStub") -> None:
+        report = control_pb2.ReportRequest(
+            member_id=self._member_id, table_version=self._table_version, trouble=self._trouble()
+        )
         try:
             await stub.Report(report, timeout=_DEADLINE_S)
         except grpc.aio.AioRpcError as error:

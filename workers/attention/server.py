@@ -35,10 +35,11 @@ from wire.rpc import (
 )
 from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
+from workers.attention.drain import Door
 from workers.attention.kv_transfer import encode_transfer, receive_transfer
 from workers.attention.moe import RemoteExperts
 from workers.attention.relay import EventRelay
-from workers.attention.reports import TableReports
+from workers.attention.reports import Reports
 from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
 from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
@@ -47,6 +48,9 @@ from workers.packing import make_packing
 from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
+
+_FAREWELL_S = 2.0
+"""What calls that were sent away get to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +101,15 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             on_progress=log_progress(_log, f"tensors of {worker_id}"),
         )
         self._relay = EventRelay()
+        self._door = Door(worker_id)
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
         )
-        self._reports = TableReports(
-            settings.controller_address, member_id=worker_id, table_in_use=self._table_in_use
+        self._reports = Reports(
+            settings.controller_address,
+            member_id=worker_id,
+            table_in_use=self._table_in_use,
+            trouble=self._trouble,
         )
         self._table_version = 0
         """Of the table built last; most snapshots carry it again."""
@@ -131,6 +139,19 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         await server.start()
         self._server = server
         return bound_port
+
+    async def drain(self) -> None:
+        """Takes nothing new; lets what runs finish within the group's `drain_s`, and ends the rest."""
+        self._door.close()
+        self._reports.notice_trouble()
+        num_inside = self._door.num_inside
+        num_sent_away = 0
+        if not await self._door.wait_empty(self._settings.engine.group.drain_s):
+            num_sent_away = self._door.send_away()
+            await self._door.wait_empty(_FAREWELL_S)
+        self.metrics.counter("drained_total", result="finished").inc(num_inside - num_sent_away)
+        self.metrics.counter("drained_total", result="sent_away").inc(num_sent_away)
+        _log.info("drained: %d of %d requests were sent away", num_sent_away, num_inside)
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends open calls, the engine and every channel; the port is free afterwards."""
@@ -194,6 +215,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
     ) -> AsyncIterator[Event]:
         """The events of a sequence up to its last; leaving `stack` gives up what is not finished."""
         events: asyncio.Queue[Event] = asyncio.Queue()
+        stack.enter_context(self._door.enter(spec.source, lambda error: events.put_nowait(Failed(error))))
         stack.callback(self._engine.cancel, spec)
         self._engine.submit(spec, self._relay.sink(events))
         while True:
@@ -247,9 +269,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             try:
                 self._dispatcher.set_table(table_from_proto(snapshot.table))
                 self._table_version = snapshot.table.version
-                self._reports.notice_change()
+                self._reports.notice_table()
             except MorayError:
                 _log.exception("refused routing table %d; keeping the last one", snapshot.table.version)
+
+    def _trouble(self) -> str:
+        return "it is leaving" if self._door.is_closed else ""
 
     async def _table_in_use(self) -> int:
         version = self._table_version

@@ -216,6 +216,25 @@ def test_attention_workers_come_and_go() -> None:
     run(test())
 
 
+def test_worker_that_reports_trouble_is_shown_as_not_ready() -> None:
+    async def test() -> None:
+        async with running(THREE) as lab:
+            await up(lab)
+            for trouble in ("it is leaving", ""):
+                version = lab.tables[-1].version
+                report = control_pb2.ReportRequest(
+                    member_id="decode-0", table_version=version, trouble=trouble
+                )
+                lab.launcher.readers["decode-0"].reports = False
+                await lab.stub.Report(report)
+                watch = lab.stub.Watch(control_pb2.WatchRequest(member_id="test"))
+                shown = {member.worker_id: member.is_ready for member in (await watch.read()).members}
+                watch.cancel()
+                assert shown["decode-0"] == (not trouble)
+
+    run(test())
+
+
 def test_size_that_cannot_serve_is_refused_and_nothing_changes() -> None:
     async def test() -> None:
         async with running(THREE) as lab:

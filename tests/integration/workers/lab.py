@@ -52,6 +52,8 @@ class FakeController(control_pb2_grpc.ControlServicer):
         self.snapshot = control_pb2.ClusterSnapshot()
         self.reported: dict[str, int] = {}
         """Attention worker -> table that it said it uses."""
+        self.troubles: dict[str, str] = {}
+        """Attention worker -> why it takes no requests."""
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
@@ -68,6 +70,7 @@ class FakeController(control_pb2_grpc.ControlServicer):
 
     async def Report(self, request: Any, context: Any) -> control_pb2.ReportResponse:
         self.reported[request.member_id] = request.table_version
+        self.troubles[request.member_id] = request.trouble
         return control_pb2.ReportResponse()
 
     async def Watch(self, request: control_pb2.WatchRequest, context: Any) -> None:  # type: ignore[override]

@@ -75,7 +75,7 @@ def test_override_below_a_section_that_is_no_mapping_is_refused(write: Any) -> N
         ("expert: {replica: 3}", "expert.replica", "did you mean 'replicas'?"),
         ("router: {grpcport: 1}", "router.grpcport", "did you mean 'grpc_port'?"),
         ("decode: {page_tokens: 16}", "decode.page_tokens", "did you mean 'max_step_tokens'?"),
-        ("mtp: {xyz: 1}", "mtp.xyz", "known keys: zero_first_embedding"),
+        ("mtp: {xyz: 1}", "mtp.xyz", "known keys: max_drafts, zero_first_embedding"),
     ],
 )
 def test_unknown_key_names_the_nearest_at_any_depth(write: Any, text: str, field: str, hint: str) -> None:

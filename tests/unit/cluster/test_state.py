@@ -277,6 +277,27 @@ def test_report_of_a_member_that_does_not_run_counts_for_nothing() -> None:
     assert not state.tables.renew()
 
 
+def test_member_with_trouble_is_not_ready_until_it_has_none() -> None:
+    state = make_state("expert-0", "decode-0")
+    bring_up(state, "expert-0", "decode-0")
+    assert state.on_trouble("decode-0", "it is leaving")
+    assert not state.on_trouble("decode-0", "it is leaving")
+    assert [member.is_ready for member in state.snapshot().members] == [True, False]
+    assert state.waiting_for() == "1 of 2 members: decode-0 (it is leaving)"
+    assert state.on_trouble("decode-0", "")
+    assert [member.is_ready for member in state.snapshot().members] == [True, True]
+
+
+def test_trouble_ends_with_the_process_that_had_it() -> None:
+    state = make_state("expert-0", "decode-0")
+    bring_up(state, "expert-0", "decode-0")
+    state.on_trouble("decode-0", "it is leaving")
+    lose(state, "decode-0")
+    assert not state.on_trouble("decode-0", "it is leaving")
+    bring_up(state, "decode-0")
+    assert state.waiting_for() == ""
+
+
 def test_members_keep_the_order_of_the_config() -> None:
     names = ["expert-0", "expert-1", "prefill-0", "router-0"]
     state = make_state(*names)
