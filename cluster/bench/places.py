@@ -143,13 +143,24 @@ def in_cluster(model: str, place: Place, *, num_experts: int) -> Iterator[Ask]:
             "router": {"grpc_port": 0, "http_port": 0},
         }
     )
+    with running_cluster(config) as address:
+        yield lambda prompts, num_tokens: asyncio.run(_ask_router(address, prompts, num_tokens))
+
+
+@contextmanager
+def running_cluster(config: MorayConfig) -> Iterator[str]:
+    """A cluster that ends with the block; the address of its router.
+
+    Raises:
+        MorayError: it did not start; says why.
+    """
     cluster = start_cluster(config, check_model(config))
     try:
         status = cluster.wait_ready(deadline_s=config.controller.start_s, on_progress=lambda _: None)
         addresses = [address for name, address in status.addresses.items() if name.startswith("router")]
         if not addresses:
             raise NotReady(f"no router among {sorted(status.addresses)}")
-        yield lambda prompts, num_tokens: asyncio.run(_ask_router(addresses[0], prompts, num_tokens))
+        yield addresses[0]
     finally:
         cluster.stop()
 

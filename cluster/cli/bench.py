@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli import bench_load
 from cluster.cli.checkpoint import progress
 from cluster.cli.dtype import DTYPES, DtypeName
 from wire.errors import ConfigError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.bench.throughput import Row, ThroughputReport, Topology
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model on this machine.")
+app.command()(bench_load.load)
 
 
 class BenchTopology(StrEnum):

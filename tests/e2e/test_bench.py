@@ -1,4 +1,4 @@
-"""`moray bench throughput` of a cluster: it starts one, measures it and leaves nothing behind."""
+"""`moray bench throughput` and `load` of a cluster: they start one and leave nothing behind."""
 
 import json
 from collections.abc import Callable
@@ -20,3 +20,17 @@ def test_cluster_is_measured(make_shell: Callable[[], Shell], ray_head: RayHead)
     assert [row["tokens_per_s"]["median"] > 0 for row in rows] == [True, True]
     assert [row["step_ms"] for row in rows] == [None, None]
     assert not (shell.folder / "cluster.json").exists()
+
+
+def test_cluster_is_put_under_load(make_shell: Callable[[], Shell], ray_head: RayHead) -> None:
+    shell = make_shell()
+    ports = {"grpc_port": 0, "http_port": 0}
+    config = shell.config({"model": "tiny", "kv": {"page_tokens": 4}, "router": ports})
+    flags = ["--requests", "12", "--rate", "20", "--prompt-tokens", "30", "--new-tokens", "6"]
+    flags += ["--shared-tokens", "20", "--config", str(config), "--json"]
+    done = shell.run("bench", "load", *flags, **ray_head.joined)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["model"], found["num_done"], found["errors"]) == ("tiny", 12, {})
+    assert found["cached_share"] > 0
+    assert found["itl_ms"]["p99"] > 0
