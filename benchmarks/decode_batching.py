@@ -8,36 +8,27 @@ Only the ratios are worth comparing between machines.
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._cluster import cluster, machine
 from benchmarks._one_process import greedy, one_process
 from cluster.client import GenerateOptions, InferenceClient
-from cluster.local_state import LocalCluster
 from cluster.models import find_model
 
 MODEL = "tiny"
 BATCHES = (1, 8, 32)
 PROMPT_TOKENS = 64
 SEED = 0
-START_S = 180
 
 Prompts = list[list[int]]
 Run = Callable[[Prompts], list[list[int]]]
@@ -62,7 +53,7 @@ def main(
     rng = random.Random(SEED)
     prompts = [[rng.randrange(3, 259) for _ in range(PROMPT_TOKENS)] for _ in range(max(BATCHES))]
     results = []
-    with one_process(find_model(MODEL).path) as local, cluster() as address:
+    with one_process(find_model(MODEL).path) as local, cluster({"model": MODEL}) as address:
         runs: dict[str, Run] = {
             "one process": lambda asked: greedy(local, asked, max_tokens=new_tokens),
             "cluster": lambda asked: in_cluster(address, asked, new_tokens),
@@ -99,38 +90,12 @@ def in_cluster(address: str, prompts: Prompts, new_tokens: int) -> list[list[int
     return asyncio.run(ask())
 
 
-@contextmanager
-def cluster() -> Iterator[str]:
-    """A default cluster on this host (2 expert, 1 prefill, 1 decode worker); the address of its router."""
-    with tempfile.TemporaryDirectory() as folder:
-        config, state = Path(folder) / "config.yaml", Path(folder) / "cluster.json"
-        config.write_text(yaml.safe_dump({"model": MODEL, "router": {"grpc_port": 0, "http_port": 0}}))
-        moray = Path(sys.executable).parent / "moray"
-        process = subprocess.Popen(
-            [str(moray), "up", "--config", str(config)],
-            env=os.environ | {"MORAY_STATE_FILE": str(state)},
-            stdout=subprocess.DEVNULL,
-        )
-        ends_s = time.monotonic() + START_S
-        while not state.exists():
-            if process.poll() is not None or time.monotonic() > ends_s:
-                raise SystemExit("the cluster did not start")
-            time.sleep(0.2)
-        try:
-            yield LocalCluster(**json.loads(state.read_text())).router_address
-        finally:
-            process.terminate()
-            process.wait()
-
-
 def show(results: list[Result], *, as_json: bool) -> None:
     """Prints the figures with the machine that they belong to."""
     rate = {(result.place, result.batch): result.tokens_per_s for result in results}
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {versions}"
     if as_json:
         rows = [{"place": r.place, "batch": r.batch, "tokens_per_s": r.tokens_per_s} for r in results]
-        typer.echo(json.dumps({"machine": machine, "seed": SEED, "results": rows}))
+        typer.echo(json.dumps({"machine": machine(), "seed": SEED, "results": rows}))
         return
     table = Table(
         "batch", "one process, tok/s", "over batch 1", "cluster, tok/s", "over batch 1", "cluster / process"
@@ -147,7 +112,7 @@ def show(results: list[Result], *, as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"{machine}; model tiny, {PROMPT_TOKENS}-token prompts, seed {SEED}")
+    console.print(f"{machine()}; model tiny, {PROMPT_TOKENS}-token prompts, seed {SEED}")
 
 
 if __name__ == "__main__":

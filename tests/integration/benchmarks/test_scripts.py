@@ -69,3 +69,32 @@ def test_replica_bias_levels_workers_better_than_shares_alone() -> None:
     assert len(cases) >= 5
     assert all(1 <= ratio[case, "water-filling"] < ratio[case, "shares alone"] for case in cases)
     assert all(result["plan_us"] > 0 for result in results)
+
+
+def test_first_token_of_a_cached_prompt_is_compared_with_a_cold_one() -> None:
+    small = ("--model", "tiny", "--cached", "160", "--own", "8", "--repeats", "1")
+    done = run_script("first_token_cached", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    results: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    assert [row["roles"] for row in results] == ["apart", "both"]
+    assert all(row["ratio"] == row["cached_ms"] / row["cold_ms"] > 0 for row in results)
+
+
+def test_long_prompts_meet_streams_in_both_arrangements() -> None:
+    small = ("--streams", "1", "--long-prompts", "2", "--long-tokens", "600", "--turns", "1")
+    done = run_script("prefill_apart", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    p99 = {name: times["busy"]["p99"] for name, times in report["ms"].items()}
+    assert report["busy_p99_ratio"] == p99["apart"] / p99["both"] > 0
+
+
+def test_overload_is_refused_and_what_is_accepted_is_answered() -> None:
+    small = ("--room", "2", "--requests", "6", "--turns", "1", "--times", "4")
+    done = run_script("overload", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(done.stdout)["results"]
+    house, overload = results["full house"], results["overload"]
+    assert (house["num_done"], house["num_refused"]) == (6, 0)
+    assert overload["num_done"] + overload["num_refused"] == overload["num_requests"] == 24
+    assert overload["num_refused"] > 0 < overload["num_done"]
