@@ -69,6 +69,8 @@ class FrameKind(enum.IntEnum):
     """End of a prefill: the first new token, (1,) int32; meta is a KvHeader."""
     SCORES = 6
     """One named tensor of a scoring call; meta is its name."""
+    KV_ALIVE = 7
+    """A prefill waits its turn, nothing else is to be said; no tensors, meta is a KvHeader."""
 
 
 @dataclass(frozen=True, kw_only=True)

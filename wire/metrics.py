@@ -81,6 +81,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)
     ),
     MetricSpec(
+        "moray_attention_kv_transfers_total",
+        Kind.COUNTER,
+        "Hand-overs that ended, by result: received, local, lost, failed; sent, superseded, cut_off.",
+        ("result",),
+    ),
+    MetricSpec(
         "moray_attention_dispatch_seconds", Kind.HISTOGRAM, "One layer, plan to combine.", (), _SECONDS
     ),
     MetricSpec(

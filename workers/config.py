@@ -67,6 +67,8 @@ class KvConfig(FrozenConfig):
     """Tokens of one page."""
     dtype: Literal["float32"] = "float32"
     """How cached values are held."""
+    lease_s: float = Field(4.0, gt=0, le=600)
+    """Seconds without a sign of the other worker before a hand-over is given up and its pages are freed."""
     index_keys: Literal["float32", "int8"] = "float32"
     """How the indexer's keys are held; int8 reads a quarter of the bytes and may select other near-ties."""
     prefix_reuse: bool = True

@@ -31,6 +31,8 @@ class SequenceRequest(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    FIRST_WANTED_ROW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Which try of this request, from 0; frames of an older attempt are refused."""
@@ -41,6 +43,10 @@ class SequenceRequest(_message.Message):
     """Length of the client's own prompt; tokens after it were generated before a replay. Sampling is keyed by
     the position behind it.
     """
+    transfer: _builtins.int
+    """To a prefill worker: which pull of this attempt, from 0; a newer one ends an older one."""
+    first_wanted_row: _builtins.int
+    """To a prefill worker: the rows before this position are cached at the receiver and are not sent."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -60,10 +66,12 @@ class SequenceRequest(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         prefill_address: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
+        transfer: _builtins.int = ...,
+        first_wanted_row: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "max_tokens", b"max_tokens", "prefill_address", b"prefill_address", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_wanted_row", b"first_wanted_row", "max_tokens", b"max_tokens", "prefill_address", b"prefill_address", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -98,27 +106,35 @@ Global___SequenceEvent: _TypeAlias = SequenceEvent  # noqa: Y015
 
 @_typing.final
 class KvHeader(_message.Message):
-    """Rides on every KV and FIRST_TOKEN frame."""
+    """Rides on every KV, KV_ALIVE and FIRST_TOKEN frame; the frame itself has the layer and the checksum."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_IDX_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     first_token_idx: _builtins.int
     """Position of the first row."""
+    transfer: _builtins.int
+    """That of the SequenceRequest: frames of another pull are refused."""
+    num_rows: _builtins.int
+    """Rows of a KV frame."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
         first_token_idx: _builtins.int = ...,
+        transfer: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "num_rows", b"num_rows", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class AttentionStub:
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+                                         KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
 
@@ -42,7 +43,8 @@ class AttentionStub:
 @_typing.type_check_only
 class AttentionAsyncStub(AttentionStub):
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+                                         KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
 
@@ -52,7 +54,8 @@ class AttentionAsyncStub(AttentionStub):
 
 class AttentionServicer(metaclass=_abc_1.ABCMeta):
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+                                         KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
 

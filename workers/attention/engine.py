@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.transformer import Transformer
 from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
 from wire.metrics import Metrics
@@ -107,13 +108,27 @@ class Engine:
         """
         self._commands.put(lambda: self._on_cancel(spec))
 
+    @property
+    def model(self) -> ModelConfig:
+        """What it runs."""
+        return self._transformer.config
+
+    @property
+    def row_width(self) -> int:
+        """Values of a cache row in one layer."""
+        return self._cache.width
+
     def add_rows(self, key: Key, rows: CacheRows) -> None:
-        """Stores cache rows that a prefill worker sent."""
+        """Stores cache rows that a prefill worker sent, accepted by a `Receipt`."""
         self._commands.put(lambda: self._on_rows(key, rows))
 
     def finish_transfer(self, key: Key, token_id: int) -> None:
         """All rows were sent, and this is the first new token."""
         self._commands.put(lambda: self._on_transferred(key, token_id))
+
+    def compute_here(self, key: Key) -> None:
+        """Nobody sends the rows of a sequence that waits for them: it is prefilled here."""
+        self._commands.put(lambda: self._on_compute_here(key))
 
     def score(self, spec: ScoreSpec) -> "Future[dict[str, Tensor]]":
         """Scores a prompt between two steps; fails with Overloaded when the pages do not suffice now."""
@@ -170,7 +185,7 @@ class Engine:
             self._prefix.reserve(sequence)
             is_remote = sequence.spec.source is Source.REMOTE
             sequence.phase = Phase.RECEIVING if is_remote else Phase.PREFILL
-            sequence.sink(Admitted())
+            sequence.sink(Admitted(sequence.num_cached_tokens))
             if sequence.num_cached_tokens:
                 self._runner.give_rows(sequence, begin=0)
 
@@ -266,37 +281,28 @@ class Engine:
             self._metrics.counter("kv_refused_total", reason="not_receiving").inc()
             return
         begin, end = rows.first_token_idx, rows.first_token_idx + rows.rows_TW.shape[0]
-        is_next = sequence.num_received_rows.get(rows.layer_idx, 0) == begin
-        is_layer = 0 <= rows.layer_idx < self._transformer.config.num_hidden_layers
-        fits = rows.rows_TW.ndim == 2 and rows.rows_TW.shape[1] == self._cache.width
-        if not (is_next and is_layer and fits and end <= len(sequence.token_ids)):
-            self._metrics.counter("kv_refused_total", reason="misplaced").inc()
-            what = f"rows [{begin}, {end}) of layer {rows.layer_idx}, shape {rows.rows_TW.shape}"
-            self._fail([(sequence, 0)], FrameInvalid(f"cache {what} are not what {key} waits for"))
-            return
-        # Shared pages hold these rows already. The copy is needed: the array is a view of the received bytes.
-        first_own = min(max(begin, sequence.num_cached_tokens), end)
-        flat_T = self._cache.flat_rows(sequence.pages, begin=first_own, end=end)
-        own_TW = torch.from_numpy(rows.rows_TW[first_own - begin :].copy())
-        self._cache.write(rows.layer_idx, flat_T, own_TW.to(flat_T.device))
-        sequence.num_received_rows[rows.layer_idx] = end
+        # The copy is needed: the array is a read-only view of the received bytes.
+        flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=end)
+        self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TW.copy()).to(flat_T.device))
         self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TW.nbytes)
 
     def _on_transferred(self, key: Key, token_id: int) -> None:
         sequence = self._sequences.get(key)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             return
-        num_tokens = len(sequence.spec.token_ids)
-        layers = range(self._transformer.config.num_hidden_layers)
-        short = [layer for layer in layers if sequence.num_received_rows.get(layer, 0) != num_tokens]
-        if short or not 0 <= token_id < self._transformer.config.vocab_size:
-            self._metrics.counter("kv_refused_total", reason="incomplete").inc()
-            message = f"{key}: prefill ended with first token {token_id} and layers {short} incomplete"
-            self._fail([(sequence, 0)], FrameInvalid(message))
-            return
-        sequence.num_cached_tokens = num_tokens
+        sequence.num_cached_tokens = len(sequence.spec.token_ids)
         self._prefix.publish(sequence)
         self._append(sequence, token_id)
+
+    def _on_compute_here(self, key: Key) -> None:
+        sequence = self._sequences.get(key)
+        if sequence is None or sequence.phase is not Phase.RECEIVING:
+            return
+        if sequence.num_pending_tokens:
+            sequence.phase = Phase.PREFILL
+        else:
+            message = f"{key}: every row is cached here, and the prefill worker sent no first token"
+            self._fail([(sequence, 0)], FrameInvalid(message))
 
     def _on_score(self, spec: ScoreSpec, future: "Future[dict[str, Tensor]]") -> None:
         if not future.set_running_or_notify_cancel():

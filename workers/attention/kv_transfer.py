@@ -1,10 +1,11 @@
-"""KV hand-over: finished cache rows from a prefill worker to a decode worker, pulled by the decode worker.
+"""The frames of a hand-over: finished cache rows from a prefill worker to a decode worker that pulls them.
 
-The stream of one prefill: KV frames in order (chunk by chunk, each layer of a chunk once), then FIRST_TOKEN.
-Every frame carries request id and attempt, so that rows of an older attempt are refused.
+The stream of one pull: KV frames (chunk by chunk, each layer of a chunk once, sent while later layers are
+computed), then FIRST_TOKEN; KV_ALIVE between them where there is nothing to send. Every frame carries the
+request id, the attempt and the number of the pull: the fence, which keeps out what an older pull still sends.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -12,61 +13,81 @@ from google.protobuf.message import DecodeError
 from wire.errors import FrameInvalid
 from wire.frames import Array, Frame, FrameKind, decode_frame, encode_frame
 from wire.proto import attention_pb2
-from workers.attention.types import CacheRows, NewToken, SequenceSpec
+from workers.attention.types import CacheRows, NewToken
 
 
-def encode_transfer(spec: SequenceSpec, event: CacheRows | NewToken) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Fence:
+    """Which pull a frame belongs to."""
+
+    request_id: str
+    attempt: int
+    transfer: int
+    """Pulls of this attempt before this one."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The prefill worker is there, and the request waits or is computed."""
+
+
+def encode_transfer(fence: Fence, event: CacheRows | NewToken | Alive) -> bytes:
     """The frame of one event of a prefill."""
     if isinstance(event, CacheRows):
         return _encode(
-            spec, FrameKind.KV, event.rows_TW, layer_idx=event.layer_idx, first=event.first_token_idx
+            fence, FrameKind.KV, event.rows_TW, layer_idx=event.layer_idx, first=event.first_token_idx
         )
-    token = np.array([event.token_id], dtype=np.int32)
-    return _encode(spec, FrameKind.FIRST_TOKEN, token, layer_idx=0, first=len(spec.token_ids))
+    if isinstance(event, Alive):
+        return _encode(fence, FrameKind.KV_ALIVE, None)
+    return _encode(fence, FrameKind.FIRST_TOKEN, np.array([event.token_id], dtype=np.int32))
 
 
-def _encode(spec: SequenceSpec, kind: FrameKind, tensor: Array, *, layer_idx: int, first: int) -> bytes:
-    header = attention_pb2.KvHeader(request_id=spec.request_id, attempt=spec.attempt, first_token_idx=first)
-    frame = Frame(kind=kind, tensors=(tensor,), layer_idx=layer_idx, meta=header.SerializeToString())
-    return encode_frame(frame)
+def _encode(
+    fence: Fence, kind: FrameKind, tensor: Array | None, *, layer_idx: int = 0, first: int = 0
+) -> bytes:
+    header = attention_pb2.KvHeader(
+        request_id=fence.request_id,
+        attempt=fence.attempt,
+        transfer=fence.transfer,
+        first_token_idx=first,
+        num_rows=len(tensor) if tensor is not None and kind is FrameKind.KV else 0,
+    )
+    tensors = () if tensor is None else (tensor,)
+    return encode_frame(
+        Frame(kind=kind, tensors=tensors, layer_idx=layer_idx, meta=header.SerializeToString())
+    )
 
 
-def decode_transfer(spec: SequenceSpec, data: bytes) -> CacheRows | int:
-    """The rows, or the first token, in a frame of the prefill of `spec`.
+def decode_transfer(fence: Fence, data: bytes) -> CacheRows | NewToken | Alive:
+    """What a frame of the pull says.
 
     Raises:
-        FrameInvalid: damaged, of another request or attempt, or not a frame of a prefill.
+        FrameInvalid: damaged, of another request, attempt or pull, or not a frame of a prefill; its field
+            names the reason.
     """
     frame = decode_frame(data)
     header = _read_header(frame)
-    if (header.request_id, header.attempt) != spec.key:
-        raise FrameInvalid(f"cache frame of {header.request_id}/{header.attempt}, wanted {spec.key}")
+    got = Fence(request_id=header.request_id, attempt=header.attempt, transfer=header.transfer)
+    if got != fence:
+        raise FrameInvalid(f"cache frame of {got}, wanted {fence}", field="fence")
     tensors = [(t.dtype.name, t.ndim, t.size) for t in frame.tensors]
     if frame.kind is FrameKind.KV and [t[:2] for t in tensors] == [("float32", 2)]:
-        return CacheRows(frame.layer_idx, header.first_token_idx, frame.tensors[0])
+        rows_TW = frame.tensors[0]
+        if len(rows_TW) != header.num_rows:
+            raise FrameInvalid(f"{len(rows_TW)} rows, its header says {header.num_rows}", field="rows")
+        return CacheRows(frame.layer_idx, header.first_token_idx, rows_TW)
     if frame.kind is FrameKind.FIRST_TOKEN and tensors == [("int32", 1, 1)]:
-        return int(frame.tensors[0][0])
-    raise FrameInvalid(f"a prefill does not send {frame.kind.name} with {len(tensors)} tensors {tensors}")
+        return NewToken(int(frame.tensors[0][0]), None)
+    if frame.kind is FrameKind.KV_ALIVE and not tensors:
+        return Alive()
+    raise FrameInvalid(
+        f"a prefill does not send {frame.kind.name} with {len(tensors)} tensors {tensors}", field="kind"
+    )
 
 
 def _read_header(frame: Frame) -> attention_pb2.KvHeader:
     try:
         return attention_pb2.KvHeader.FromString(frame.meta)
     except DecodeError as error:
-        raise FrameInvalid(f"{frame.kind.name} frame without a KvHeader: {error}") from error
-
-
-async def receive_transfer(
-    spec: SequenceSpec, stream: AsyncIterable[bytes]
-) -> AsyncIterator[CacheRows | int]:
-    """Everything that a prefill sends; the first token comes last.
-
-    Raises:
-        FrameInvalid: a frame is wrong, or the stream ended before the first token.
-    """
-    async for data in stream:
-        item = decode_transfer(spec, data)
-        yield item
-        if isinstance(item, int):
-            return
-    raise FrameInvalid(f"the prefill of {spec.key} ended without a first token")
+        message = f"{frame.kind.name} frame without a KvHeader: {error}"
+        raise FrameInvalid(message, field="header") from error

@@ -37,6 +37,9 @@ def read_sequence(
             f"{len(request.token_ids)} tokens and max_tokens {request.max_tokens}: the context has {limit}"
         )
         raise PromptTooLong(message, field="max_tokens")
+    if request.first_wanted_row > len(request.token_ids):
+        wanted = f"wanted at most the {len(request.token_ids)} tokens given, got {request.first_wanted_row}"
+        raise InvalidRequest(f"first_wanted_row: {wanted}", field="first_wanted_row")
     if is_prefill_only:
         source = Source.PREFILL_ONLY
     else:
@@ -50,6 +53,7 @@ def read_sequence(
         stop_token_ids=frozenset(request.stop_token_ids),
         sampling=read_sampling(request.sampling),
         source=source,
+        first_wanted_row=request.first_wanted_row,
     )
 
 

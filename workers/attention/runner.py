@@ -3,21 +3,22 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from model.batch import Batch, CacheView, make_batch
 from model.transformer import Transformer
-from wire.frames import Array
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import Speculation
+from workers.attention.handover import HandoverView, hand_over, wanted_rows
 from workers.attention.moe import Experts
 from workers.attention.sampler import sample_tokens
 from workers.attention.scheduler import StepLimits, split_step
 from workers.attention.speculation import accept_drafts
-from workers.attention.types import CacheRows, Phase, SequenceState, Source
+from workers.attention.types import Phase, SequenceState, Source
 
 Running = Sequence[tuple[SequenceState, int]]
 """(sequence, tokens to compute, >= 1) of one step."""
@@ -73,11 +74,11 @@ class StepRunner:
         drafting_s = time.perf_counter()
         step = self._draft(running, num_drafts)
         parts = split_step([rows.num_rows for rows in step], micro_batches=self.limits.micro_batches)
-        hidden_TD = torch.cat(
-            self.transformer.forward_all(
-                [self._micro_batch(step[begin:end]) for begin, end in parts], self.experts
-            )
-        )
+        micro_batches = [self._micro_batch(step[begin:end]) for begin, end in parts]
+        hidden_TD = torch.cat(self.transformer.forward_all(micro_batches, self.experts))
+        for _, view in micro_batches:
+            if isinstance(view, HandoverView):
+                view.tell_up_to(self.transformer.config.num_hidden_layers)
         new_ids = self._choose(step, hidden_TD)
         ready = [(rows.sequence, ids) for rows, ids in zip(step, new_ids, strict=True) if ids]
         self._advance_all(step, new_ids, hidden_TD)
@@ -127,7 +128,17 @@ class StepRunner:
             first_positions=[rows.sequence.num_cached_tokens for rows in step],
             prompt_tokens=[rows.sequence.spec.num_prompt_tokens for rows in step],
         )
-        return batch, self.cache.view(batch, [rows.sequence.pages for rows in step])
+        view = self.cache.view(batch, [rows.sequence.pages for rows in step])
+        handed = [
+            wanted
+            for rows in step
+            for wanted in wanted_rows(
+                rows.sequence,
+                rows.sequence.num_cached_tokens,
+                rows.sequence.num_cached_tokens + rows.num_tokens,
+            )
+        ]
+        return batch, HandoverView(view, partial(hand_over, self.cache, handed)) if handed else view
 
     def _choose(self, step: Sequence[_Rows], hidden_TD: torch.Tensor) -> list[tuple[int, ...]]:
         """The new tokens of each sequence, none where there is more to compute."""
@@ -167,20 +178,16 @@ class StepRunner:
             begin_row += rows.num_rows
 
     def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
-        """Counts computed rows and hands them on when another worker wants them."""
-        begin = sequence.num_cached_tokens
+        """Counts computed rows."""
         sequence.num_cached_tokens += num_tokens
         phase = "decode" if sequence.phase is Phase.DECODE else "prefill"
         self.metrics.counter("tokens_total", phase=phase).inc(num_tokens)
-        self.give_rows(sequence, begin=begin)
 
     def give_rows(self, sequence: SequenceState, *, begin: int) -> None:
         """Hands the cached rows from `begin` on to the worker that wants them, if one does."""
-        if sequence.spec.source is Source.PREFILL_ONLY:
-            flat_T = self.cache.flat_rows(sequence.pages, begin=begin, end=sequence.num_cached_tokens)
-            for layer_idx in range(self.transformer.config.num_hidden_layers):
-                rows_TW: Array = self.cache.read(layer_idx, flat_T).cpu().numpy()
-                sequence.sink(CacheRows(layer_idx, begin, rows_TW))
+        handed = wanted_rows(sequence, begin, sequence.num_cached_tokens)
+        for layer_idx in range(self.transformer.config.num_hidden_layers):
+            hand_over(self.cache, handed, layer_idx)
 
     def _learn(
         self,

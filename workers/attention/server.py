@@ -19,29 +19,28 @@ from router.experts.dispatcher import DispatchRules, ExpertDispatcher
 from router.experts.payload import PayloadForms
 from router.experts.peers import PeerRules
 from router.experts.table import table_from_proto
-from wire.errors import FrameInvalid, MorayError, from_rpc
+from wire.errors import MorayError
 from wire.frames import Frame, FrameKind, encode_frame
 from wire.handshake import Handshake, check_handshake
 from wire.metrics import Metrics
 from wire.proto import attention_pb2, attention_pb2_grpc, control_pb2
 from wire.rpc import (
     ATTENTION_FRAMES,
-    CHANNEL_OPTIONS,
-    PREFILL_METHOD,
     SERVER_OPTIONS,
     Context,
-    aclose,
     stream_errors,
+    unary_errors,
 )
 from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
 from workers.attention.drain import Door
-from workers.attention.kv_transfer import encode_transfer, receive_transfer
+from workers.attention.kv_receive import KvReceiver
+from workers.attention.kv_send import KvSender
 from workers.attention.moe import RemoteExperts
 from workers.attention.relay import EventRelay
 from workers.attention.reports import Reports
 from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
-from workers.attention.types import Admitted, CacheRows, Event, Failed, NewToken, SequenceSpec, Source
+from workers.attention.types import Admitted, Event, Failed, NewToken, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
 from workers.config import DispatchConfig
 from workers.packing import make_packing
@@ -115,7 +114,13 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         """Of the table built last; most snapshots carry it again."""
         self._watching: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
-        self._prefill_channels: dict[str, grpc.aio.Channel] = {}
+        lease_s = settings.engine.kv.lease_s
+        self._sender = KvSender(
+            engine=self._engine, relay=self._relay, door=self._door, lease_s=lease_s, metrics=self.metrics
+        )
+        self._receiver = KvReceiver(
+            engine=self._engine, handshake=self._handshake, lease_s=lease_s, metrics=self.metrics
+        )
 
     async def start(self, port: int = 0) -> int:
         """Listens and follows the controller; returns the port."""
@@ -161,8 +166,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             await _cancel(task)
         await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self._transport.close)
-        for channel in self._prefill_channels.values():
-            await channel.close()
+        await self._receiver.close()
 
     async def check_integrity(self) -> None:
         """Checks the page accounts.
@@ -188,19 +192,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
                         num_cached_tokens=event.num_cached_tokens,
                     )
 
-    @stream_errors
-    async def _prefill(
-        self, request: attention_pb2.SequenceRequest, context: Context
-    ) -> AsyncIterator[bytes]:
-        """Streams the cache rows of a prompt, then the first token."""
+    @unary_errors
+    async def _prefill(self, request: attention_pb2.SequenceRequest, context: Context) -> None:
+        """Writes the cache rows of a prompt, then the first token."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         spec = read_sequence(request, self._config, is_prefill_only=True)
-        async with contextlib.AsyncExitStack() as stack:
-            async for event in self._run(spec, request, stack):
-                if isinstance(event, CacheRows | NewToken):
-                    data = encode_transfer(spec, event)
-                    self.metrics.counter("kv_bytes_total", direction="sent").inc(len(data))
-                    yield data
+        await self._sender.send(spec, request.transfer, context)
 
     @stream_errors
     async def _score(self, request: attention_pb2.ScoreRequest, context: Context) -> AsyncIterator[bytes]:
@@ -224,44 +221,18 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
                 raise event.error
             if isinstance(event, Admitted) and spec.source is Source.REMOTE:
                 pulling = asyncio.create_task(
-                    self._pull(spec, request, events), name=f"pull-{spec.request_id}"
+                    self._receiver.receive(
+                        spec,
+                        request,
+                        first_row=event.num_cached_tokens,
+                        on_error=lambda error: events.put_nowait(Failed(error)),
+                    ),
+                    name=f"pull-{spec.request_id}",
                 )
                 stack.push_async_callback(_cancel, pulling)
             yield event
-            if isinstance(event, NewToken) and (event.finish or spec.source is Source.PREFILL_ONLY):
+            if isinstance(event, NewToken) and event.finish:
                 return
-
-    async def _pull(
-        self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, events: "asyncio.Queue[Event]"
-    ) -> None:
-        """Feeds the engine with what the prefill worker sends."""
-        channel = self._prefill_channel(request.prefill_address)
-        prefill: grpc.aio.UnaryStreamMultiCallable[attention_pb2.SequenceRequest, bytes] = (
-            channel.unary_stream(
-                PREFILL_METHOD, request_serializer=attention_pb2.SequenceRequest.SerializeToString
-            )
-        )
-        call = prefill(request, metadata=self._handshake.to_metadata())
-        items = receive_transfer(spec, call)
-        try:
-            async for item in items:
-                if isinstance(item, CacheRows):
-                    self._engine.add_rows(spec.key, item)
-                else:
-                    self._engine.finish_transfer(spec.key, item)
-        except grpc.aio.AioRpcError as error:
-            events.put_nowait(Failed(from_rpc(error)))
-        except FrameInvalid as error:
-            self.metrics.counter("kv_refused_total", reason="damaged").inc()
-            events.put_nowait(Failed(error))
-        finally:
-            await aclose(items)
-            call.cancel()
-
-    def _prefill_channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._prefill_channels:
-            self._prefill_channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return self._prefill_channels[address]
 
     def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
         self._transport.update_members(snapshot.members)

@@ -69,6 +69,8 @@ class SequenceSpec:
     stop_token_ids: frozenset[int]
     sampling: Sampling
     source: Source
+    first_wanted_row: int = 0
+    """PREFILL_ONLY: the other worker has the rows before this one."""
 
     @property
     def key(self) -> Key:
@@ -86,6 +88,9 @@ class SequenceSpec:
 @dataclass(frozen=True)
 class Admitted:
     """The sequence has its pages."""
+
+    num_cached_tokens: int = 0
+    """Leading tokens whose rows are there already."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,6 @@ class SequenceState:
     """Leading pages that others may share."""
     num_reused_tokens: int = 0
     """Tokens whose cache rows were taken from others."""
-    num_received_rows: dict[int, int] = field(default_factory=dict)
-    """Layer -> leading rows that arrived, while RECEIVING."""
     hidden_rows: HiddenRows = field(default_factory=HiddenRows)
     """What the MTP layer has not run over yet; empty where nothing is drafted."""
 

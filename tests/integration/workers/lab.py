@@ -139,13 +139,19 @@ class Cluster:
         return await stub.LoadSlots(request, metadata=metadata or self.handshake.to_metadata())
 
     async def start_attention(
-        self, worker_id: str, *, page_tokens: int = PAGE_TOKENS, prefix_reuse: bool = True, **group: Any
+        self,
+        worker_id: str,
+        *,
+        page_tokens: int = PAGE_TOKENS,
+        prefix_reuse: bool = True,
+        lease_s: float = 4.0,
+        **group: Any,
     ) -> Worker:
         values = {"num_pages": 256, "max_step_tokens": 32, **group}
         engine = EngineConfig(
             group=AttentionConfig(**values),
             compute=self.compute,
-            kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse),
+            kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, lease_s=lease_s),
         )
         settings = AttentionSettings(
             engine=engine,

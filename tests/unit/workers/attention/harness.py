@@ -77,6 +77,8 @@ class DoorExperts:
         """Steps that came to the door."""
         self.error: Exception | None = None
         """Raised once, by the next call of a layer."""
+        self.on_layer: Callable[[int], None] = lambda _: None
+        """Told which layer calls."""
 
     def hold(self) -> None:
         self._is_open = False
@@ -95,6 +97,7 @@ class DoorExperts:
         self._experts.begin_step()
 
     def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
+        self.on_layer(layer_idx)
         error, self.error = self.error, None
         if error is not None:
             raise error
@@ -107,9 +110,12 @@ class Listener:
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
         self.events: list[Event] = []
+        self.num_told = 0
+        """Events told, read or not."""
         self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def __call__(self, event: Event) -> None:
+        self.num_told += 1
         self._queue.put(event)
 
     def next(self) -> Event:

@@ -1,14 +1,11 @@
 """The engine on both sides of a hand-over: what a prefill gives away, and what a decode accepts."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from tests.reference_data import SHAPES, Golden, goldens
 from tests.unit.workers.attention.harness import Lab, Listener, make_spec, open_engine
-from wire.errors import FrameInvalid
 from workers.attention.types import CacheRows, Finish, Sampling, Source
 
 GOLDEN = goldens("default")[2]
@@ -96,67 +93,27 @@ def test_transferred_first_token_may_be_the_last(
         assert to.finish() is finish
 
 
-def _shifted(rows: CacheRows, num_tokens: int) -> CacheRows:
-    return replace(rows, first_token_idx=rows.first_token_idx + num_tokens)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda r: _shifted(r, 1),
-        lambda r: _shifted(r, 16),
-        lambda r: replace(r, layer_idx=3),
-        lambda r: replace(r, layer_idx=-1),
-        lambda r: replace(r, rows_TW=r.rows_TW[:, :-1]),
-        lambda r: replace(r, rows_TW=np.concatenate([r.rows_TW, r.rows_TW], axis=1)),
-        lambda r: replace(r, rows_TW=r.rows_TW[0]),
-        lambda r: replace(r, rows_TW=r.rows_TW[None]),
-        lambda r: replace(r, rows_TW=np.concatenate([r.rows_TW] * 3)),
-    ],
-    ids=["gap", "next chunk", "layer", "negative layer", "narrow", "wide", "rank 1", "rank 3", "too many"],
-)
-def test_misplaced_rows_fail_the_sequence_and_free_its_pages(wrong: Callable[[CacheRows], CacheRows]) -> None:
+def test_sequence_that_nobody_sends_rows_for_is_computed_here() -> None:
+    """Some rows were stored before; it is computed from the beginning."""
     given = prefill(GOLDEN).rows()
     with open_engine("default") as lab:
         to = receiver(lab)
-        lab.engine.add_rows(to.spec.key, wrong(given[0]))
-        error = to.error()
-        assert isinstance(error, FrameInvalid)
-        assert "are not what ('r', 0) waits for" in error.message
-        lab.is_empty()
-        assert lab.metric("kv_refused_total", reason="misplaced") == 1
-        assert lab.run(GOLDEN.prompt, max_tokens=16) == GOLDEN.tensor("greedy").tolist()
+        send(lab, to, given[:4])
+        lab.engine.compute_here(to.spec.key)
+        send(lab, to, [replace(given[4], rows_TW=given[4].rows_TW + 1)])
+        assert to.tokens() == GOLDEN.tensor("greedy").tolist()
+        assert lab.metric("kv_refused_total", reason="not_receiving") == 1
 
 
-def test_rows_sent_twice_are_refused() -> None:
-    given = prefill(GOLDEN).rows()
+def test_rows_leave_while_later_layers_are_not_computed() -> None:
+    """The experts of layer 1 are asked for when the rows of layer 0 have left, those of 2 have not."""
     with open_engine("default") as lab:
-        to = receiver(lab)
-        send(lab, to, [given[0], given[0]])
-        assert isinstance(to.error(), FrameInvalid)
-
-
-@pytest.mark.parametrize(
-    ("num_frames", "token_id", "what"),
-    [
-        (0, 5, r"layers \[0, 1, 2\] incomplete"),
-        (8, 5, r"layers \[2\] incomplete"),
-        (9, 320, "first token 320"),
-        (9, -1, "first token -1"),
-    ],
-)
-def test_transfer_that_ends_wrong_fails_the_sequence(num_frames: int, token_id: int, what: str) -> None:
-    given = prefill(GOLDEN).rows()
-    with open_engine("default") as lab:
-        to = receiver(lab)
-        send(lab, to, given[:num_frames])
-        lab.engine.finish_transfer(to.spec.key, token_id)
-        error = to.error()
-        assert isinstance(error, FrameInvalid)
-        with pytest.raises(FrameInvalid, match=what):
-            raise error
-        lab.is_empty()
-        assert lab.metric("kv_refused_total", reason="incomplete") == 1
+        seen: list[tuple[int, int]] = []
+        listener = Listener(make_spec(GOLDEN.prompt, source=Source.PREFILL_ONLY))
+        lab.door.on_layer = lambda layer_idx: seen.append((layer_idx, listener.num_told))
+        lab.engine.submit(listener.spec, listener)
+        listener.token()
+        assert seen == [(1, 2), (2, 3)], "admitted and layer 0; then layer 1"
 
 
 def test_rows_behind_a_cancel_are_counted_and_ignored() -> None:
