@@ -1,6 +1,9 @@
 """A client of the gRPC API, as the command line uses it."""
 
 import asyncio
+import contextlib
+import itertools
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +16,9 @@ from wire.rpc import CHANNEL_OPTIONS
 
 _VIEW_S = 10.0
 """Seconds for a router to show its view of the cluster."""
+_CANCEL_S = 2.0
+_FIRST_RESUME_S = 0.1
+_MAX_RESUME_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class GenerateOptions:
     top_k: int = 0
     seed: int | None = None
     deadline_s: float | None = None
+    num_resumes: int = 5
+    """Times that an answer whose stream broke is asked for again, from the next token on."""
 
 
 def make_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
@@ -58,31 +66,58 @@ class InferenceClient:
         own = (("grpc.use_local_subchannel_pool", 1),) if has_own_connection else ()
         self._channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *own))
         self._stub: inference_pb2_grpc.InferenceAsyncStub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._cancels: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "InferenceClient":
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.gather(*self._cancels)
         await self._channel.close()
 
     async def stream(
         self, prompt: str | Sequence[int], options: GenerateOptions
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """The messages of one answer.
+        """The messages of one answer, numbered without gap or repeat even where its stream broke.
+
+        Leaving it before its end cancels the request.
 
         Raises:
             MorayError: what the cluster answered instead.
         """
-        call = self._stub.Generate(make_request(prompt, options), timeout=options.deadline_s)
-        has_begun = False
-        try:
-            async for response in call:
-                has_begun = True
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise _router_error(error, self._address, has_begun=has_begun) from None
-        finally:
-            call.cancel()
+        request = make_request(prompt, options)
+        request.request_id = uuid.uuid4().hex if options.num_resumes else ""
+        loop = asyncio.get_running_loop()
+        end_s = None if options.deadline_s is None else loop.time() + options.deadline_s
+        for resume_idx in itertools.count():
+            call = self._stub.Generate(request, timeout=None if end_s is None else end_s - loop.time())
+            has_ended = False
+            try:
+                async for response in call:
+                    request.resume_from = response.first_idx + len(response.token_ids)
+                    yield response
+                has_ended = True
+                return
+            except grpc.aio.AioRpcError as error:
+                has_ended = True
+                has_begun = request.resume_from > 0
+                if not has_begun or resume_idx == options.num_resumes or not _is_broken(error):
+                    raise _router_error(error, self._address, has_begun=has_begun) from None
+            finally:
+                call.cancel()
+                if request.request_id and not has_ended:
+                    self._cancel_soon(request.request_id)
+            await asyncio.sleep(min(_FIRST_RESUME_S * 2**resume_idx, _MAX_RESUME_S))
+
+    def _cancel_soon(self, request_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._cancel(request_id))
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def _cancel(self, request_id: str) -> None:
+        # Where this does not arrive, the router ends the request itself when its grace time is over.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id), timeout=_CANCEL_S)
 
     async def tokens(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[int]:
         """All new tokens of one answer.
@@ -184,6 +219,11 @@ def _router_error(error: grpc.aio.AioRpcError, address: str, *, has_begun: bool 
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlinePassed(f"no whole answer from {address} before the deadline")
     return from_rpc(error)
+
+
+def _is_broken(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the same request may go on: the connection broke, or the router it ran in is shutting down."""
+    return _is_unreachable(error) or isinstance(from_rpc(error), NotReady)
 
 
 def _is_unreachable(error: grpc.aio.AioRpcError) -> bool:

@@ -26,3 +26,11 @@ class RouterConfig(FrozenConfig):
     """Seconds that a request waits for a worker before it is refused with UNAVAILABLE."""
     drain_s: float = Field(30.0, ge=0)
     """Seconds that running requests get to finish after SIGTERM."""
+    resume_grace_s: float = Field(10.0, ge=0)
+    """Seconds that a request with an id of its client's own goes on after its last stream broke."""
+    keep_s: float = Field(60.0, ge=0)
+    """Seconds that a whole answer to such a request is kept for a client that asks again."""
+    keep_requests: int = Field(1024, ge=0)
+    """Such answers kept at most; the oldest goes first."""
+    keep_tokens: int = Field(262144, ge=0)
+    """Their tokens at most, at about 100 bytes each."""

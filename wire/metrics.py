@@ -44,10 +44,20 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_router_prompt_tokens_total", Kind.COUNTER, "Prompt tokens of admitted requests."),
     MetricSpec("moray_router_generated_tokens_total", Kind.COUNTER, "New tokens sent to clients."),
     MetricSpec(
-        "moray_router_first_token_seconds", Kind.HISTOGRAM, "From admission to the first token.", (), _SECONDS
+        "moray_router_first_token_seconds",
+        Kind.HISTOGRAM,
+        "From a stream's begin to its first token.",
+        (),
+        _SECONDS,
     ),
     MetricSpec(
         "moray_router_token_gap_seconds", Kind.HISTOGRAM, "Between two messages of a stream.", (), _SECONDS
+    ),
+    MetricSpec(
+        "moray_router_resumes_total",
+        Kind.COUNTER,
+        "Streams that joined a request by its id, by whether it was running or finished.",
+        ("state",),
     ),
     MetricSpec("moray_router_replays_total", Kind.COUNTER, "Requests started again on other workers."),
     MetricSpec("moray_router_members", Kind.GAUGE, "Workers known to this router.", ("role", "state")),

@@ -13,6 +13,7 @@ class Admission:
     def __init__(self, *, max_active_requests: int) -> None:
         self._max = max_active_requests
         self._tasks: dict[int, asyncio.Task[object]] = {}
+        self._followers: dict[int, asyncio.Task[object]] = {}
         self._cut: dict[int, asyncio.Task[object]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -39,8 +40,23 @@ class Admission:
                 f"this router holds {self._max} requests, its limit (router.max_active_requests); "
                 "try again in about 1 s, or another router"
             )
+        with self._stay(self._tasks):
+            yield
+
+    @contextlib.contextmanager
+    def follow(self) -> Iterator[None]:
+        """The stay of a stream that reads a request which came in by itself; there is no limit on these.
+
+        Raises:
+            NotReady: the router closed while the stream was inside.
+        """
+        with self._stay(self._followers):
+            yield
+
+    @contextlib.contextmanager
+    def _stay(self, room: dict[int, asyncio.Task[object]]) -> Iterator[None]:
         task = _current_task()
-        self._tasks[id(task)] = task
+        room[id(task)] = task
         self._idle.clear()
         try:
             yield
@@ -50,9 +66,9 @@ class Admission:
             task.uncancel()
             raise _closing() from None
         finally:
-            del self._tasks[id(task)]
+            del room[id(task)]
             self._cut.pop(id(task), None)
-            if not self._tasks:
+            if not self._tasks and not self._followers:
                 self._idle.set()
 
     def close(self) -> None:
@@ -60,13 +76,13 @@ class Admission:
         self.is_closed = True
 
     def cut_all(self) -> None:
-        """Ends every request inside; their clients see NotReady."""
-        for key, task in list(self._tasks.items()):
+        """Ends every request and every stream inside; their clients see NotReady."""
+        for key, task in [*self._tasks.items(), *self._followers.items()]:
             self._cut[key] = task
             task.cancel()
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Whether the last request left within `timeout_s`."""
+        """Whether the last request and the last stream left within `timeout_s`."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:

@@ -7,9 +7,9 @@ from typing import Self
 
 import grpc
 
-from router.requests.types import AdmittedRequest, TokenBatch
 from wire.errors import MorayError
 from wire.metrics import Metrics
+from wire.proto import inference_pb2
 from wire.rpc import Context
 
 
@@ -19,7 +19,7 @@ class RequestMeter:
     def __init__(self, metrics: Metrics, context: Context) -> None:
         self._metrics = metrics
         self._context = context
-        self._last_s: float | None = None
+        self._last_s = time.perf_counter()
         self._has_tokens = False
 
     def __enter__(self) -> Self:
@@ -32,19 +32,15 @@ class RequestMeter:
         self._metrics.gauge("active_requests").dec()
         self._metrics.counter("requests_total", code=self._code(error).name).inc()
 
-    def admit(self, request: AdmittedRequest) -> None:
-        """The request passed every check."""
-        self._last_s = time.perf_counter()
-        self._metrics.counter("prompt_tokens_total").inc(len(request.prompt_ids))
-
-    def count(self, batch: TokenBatch) -> None:
+    def count(self, message: inference_pb2.GenerateResponse) -> None:
         """A message goes to the client."""
+        if not message.token_ids:
+            return
         now_s = time.perf_counter()
-        if batch.token_ids and self._last_s is not None:
-            name = "token_gap_seconds" if self._has_tokens else "first_token_seconds"
-            self._metrics.histogram(name).observe(now_s - self._last_s)
-            self._metrics.counter("generated_tokens_total").inc(len(batch.token_ids))
-            self._last_s, self._has_tokens = now_s, True
+        name = "token_gap_seconds" if self._has_tokens else "first_token_seconds"
+        self._metrics.histogram(name).observe(now_s - self._last_s)
+        self._metrics.counter("generated_tokens_total").inc(len(message.token_ids))
+        self._last_s, self._has_tokens = now_s, True
 
     def _code(self, error: BaseException | None) -> grpc.StatusCode:
         if error is None:

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections.abc import AsyncGenerator
 
 from router.config import RouterConfig
 from router.front.admission import Admission
 from router.front.meter import RequestMeter
+from router.front.runs import SharedRuns
 from router.front.tokenizer import TextStream, TokenizerStore
 from router.front.validate import AdmissionRules, check_request, plan_admission
+from router.requests.answers import AnswerShelf, ShelfLimits
 from router.requests.roster import Roster
 from router.requests.session import SessionRunner
 from router.requests.types import AdmittedRequest, TokenBatch
@@ -41,6 +44,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._metrics = metrics
         self._rng = rng
         self._tokenizers = TokenizerStore()
+        limits = ShelfLimits(
+            keep_s=config.keep_s, keep_requests=config.keep_requests, keep_tokens=config.keep_tokens
+        )
+        self._runs = SharedRuns(
+            self._answer,
+            admission=admission,
+            shelf=AnswerShelf(limits),
+            grace_s=config.resume_grace_s,
+            metrics=metrics,
+        )
 
     @unary_errors
     async def Generate(  # type: ignore[override]  # gRPC's write style, which the generated base does not know
@@ -48,18 +61,28 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         """Streams new tokens.
 
+        A request with an id of its client's own can be joined and resumed (router/front/runs.py).
+
         Written in gRPC's write style, not as a generator: a client that goes away while a message is being
         written then cancels this coroutine itself, and the worker's call ends in the same turn of the loop.
         """
         left_s = context.time_remaining()
         end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
-        with RequestMeter(self._metrics, context) as meter, self._admission.enter():
-            admitted, text = await self._admit(request, end_s=end_s)
-            meter.admit(admitted)
-            async with contextlib.aclosing(self._runner.run(admitted, end_s=end_s)) as batches:
-                async for batch in batches:
-                    meter.count(batch)
-                    await context.write(_response(admitted, batch, text))
+        has_id = bool(request.request_id)
+        door = self._admission.follow() if has_id else self._admission.enter()
+        with RequestMeter(self._metrics, context) as meter, door:
+            answer = self._runs.follow(request, end_s=end_s) if has_id else self._answer(request, end_s)
+            async with contextlib.aclosing(answer) as messages:
+                async for message in messages:
+                    meter.count(message)
+                    await context.write(message)
+
+    @unary_errors
+    async def Cancel(
+        self, request: inference_pb2.CancelRequest, _context: Context
+    ) -> inference_pb2.CancelResponse:
+        """Ends a request that runs in this router, by its id."""
+        return inference_pb2.CancelResponse(was_running=self._runs.cancel(request.request_id))
 
     @unary_errors
     async def ListModels(
@@ -78,6 +101,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         if self._roster.snapshot is None:
             raise NotReady(f"this router waits for {self._roster.view.waiting_for}")
         return self._roster.snapshot
+
+    async def _answer(
+        self, request: inference_pb2.GenerateRequest, end_s: float | None
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        admitted, text = await self._admit(request, end_s=end_s)
+        self._metrics.counter("prompt_tokens_total").inc(len(admitted.prompt_ids))
+        async with contextlib.aclosing(self._runner.run(admitted, end_s=end_s)) as batches:
+            async for batch in batches:
+                # Only who has an id can come back and ask from any token on.
+                for piece in batch.split() if request.request_id else (batch,):
+                    yield _response(admitted, piece, text)
 
     async def _admit(
         self, request: inference_pb2.GenerateRequest, *, end_s: float | None

@@ -3,6 +3,7 @@
 Two steps, because the text is tokenized between them: `check_request` needs no token, `plan_admission` does.
 """
 
+import hashlib
 import math
 import random
 import re
@@ -44,6 +45,8 @@ def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> 
             "1 to 128 characters of A-Z a-z 0-9 . _ : / -",
             f"{len(request.request_id)} characters, {_show(request.request_id)}",
         )
+    if request.resume_from and not request.request_id:
+        raise _invalid("resume_from", "a request_id beside it", "none")
     _check_prompt(request)
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise _invalid("max_tokens", "at least 1", "0; leave it unset for the default")
@@ -63,7 +66,7 @@ def plan_admission(
         request: passed `check_request`.
         prompt_ids: token ids of its prompt.
         rules: the model and the defaults.
-        rng: draws the request id, the wire id and the seed that the client left out.
+        rng: draws the wire id, and the request id and the seed that the client left out.
 
     Raises:
         InvalidRequest: a token id is not in the vocabulary.
@@ -86,8 +89,18 @@ def plan_admission(
         temperature=sampling.temperature,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         top_k=sampling.top_k,
-        seed=sampling.seed if sampling.HasField("seed") else rng.getrandbits(64),
+        seed=_plan_seed(request, rng),
     )
+
+
+def _plan_seed(request: inference_pb2.GenerateRequest, rng: random.Random) -> int:
+    """The client's seed, or one that any router gives the same request id, or a random one."""
+    if request.sampling.HasField("seed"):
+        return request.sampling.seed
+    if request.request_id:
+        digest = hashlib.blake2b(request.request_id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+    return rng.getrandbits(64)
 
 
 def _check_prompt(request: inference_pb2.GenerateRequest) -> None:

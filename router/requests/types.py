@@ -1,6 +1,6 @@
 """What the request side of the router passes around: the admitted request, tokens out, a failure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wire.errors import MorayError
 from wire.proto import common_pb2
@@ -43,6 +43,17 @@ class TokenBatch:
     """FINISH_REASON_UNSPECIFIED unless these are the last."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that the workers of the first attempt did not have to compute."""
+
+    def split(self) -> "tuple[TokenBatch, ...]":
+        """The same, one token a batch; the finish reason comes after them in a batch of its own."""
+        unfinished = common_pb2.FINISH_REASON_UNSPECIFIED
+        single = tuple(
+            replace(self, first_idx=self.first_idx + idx, token_ids=(token_id,), finish_reason=unfinished)
+            for idx, token_id in enumerate(self.token_ids)
+        )
+        if self.finish_reason == unfinished:
+            return single
+        return (*single, replace(self, first_idx=self.first_idx + len(single), token_ids=()))
 
 
 @dataclass(frozen=True, kw_only=True)

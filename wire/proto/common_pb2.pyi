@@ -55,7 +55,9 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Keep the k most probable tokens; 0 = all."""
     seed: _builtins.int
-    """The same seed gives the same text, whatever else runs; unset = chosen by the router."""
+    """The same seed gives the same text, whatever else runs; unset = derived by the router from
+    the client's request_id, or drawn where there is none.
+    """
     def __init__(
         self,
         *,

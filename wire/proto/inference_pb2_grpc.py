@@ -41,6 +41,11 @@ class InferenceStub:
                 request_serializer=wire_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/moray.v1.Inference/Cancel',
+                request_serializer=wire_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/moray.v1.Inference/ListModels',
                 request_serializer=wire_dot_proto_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -58,7 +63,15 @@ class InferenceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams new tokens. Cancel by cancelling the call; the deadline is the call's own.
+        """Streams new tokens. The deadline is the call's own. Cancelling the call cancels the request; but one with a
+        request_id goes on for router.resume_grace_s, since a call cancelled and a broken connection look the same here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a request at once, by its request_id; nothing happens where none runs in this router.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +97,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=wire_dot_proto_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=wire_dot_proto_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=wire_dot_proto_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -124,6 +142,33 @@ class Inference:
             '/moray.v1.Inference/Generate',
             wire_dot_proto_dot_inference__pb2.GenerateRequest.SerializeToString,
             wire_dot_proto_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Inference/Cancel',
+            wire_dot_proto_dot_inference__pb2.CancelRequest.SerializeToString,
+            wire_dot_proto_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,11 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Streams new tokens. Cancel by cancelling the call; the deadline is the call's own."""
+    """Streams new tokens. The deadline is the call's own. Cancelling the call cancels the request; but one with a
+    request_id goes on for router.resume_grace_s, since a call cancelled and a broken connection look the same here.
+    """
+    Cancel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]
+    """Ends a request at once, by its request_id; nothing happens where none runs in this router."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     GetCluster: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _control_pb2.ClusterSnapshot]
     """The router's view of the cluster."""
@@ -46,7 +50,11 @@ class InferenceAsyncStub(InferenceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams new tokens. Cancel by cancelling the call; the deadline is the call's own."""
+    """Streams new tokens. The deadline is the call's own. Cancelling the call cancels the request; but one with a
+    request_id goes on for router.resume_grace_s, since a call cancelled and a broken connection look the same here.
+    """
+    Cancel: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelRequest, _inference_pb2.CancelResponse]  # type: ignore[assignment]
+    """Ends a request at once, by its request_id; nothing happens where none runs in this router."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetCluster: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetClusterRequest, _control_pb2.ClusterSnapshot]  # type: ignore[assignment]
     """The router's view of the cluster."""
@@ -60,7 +68,17 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Streams new tokens. Cancel by cancelling the call; the deadline is the call's own."""
+        """Streams new tokens. The deadline is the call's own. Cancelling the call cancels the request; but one with a
+        request_id goes on for router.resume_grace_s, since a call cancelled and a broken connection look the same here.
+        """
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _inference_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.CancelResponse, _abc.Awaitable[_inference_pb2.CancelResponse]]:
+        """Ends a request at once, by its request_id; nothing happens where none runs in this router."""
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -64,17 +64,6 @@ def test_seed_is_drawn_and_end_token_left_out_where_the_client_wants_it_so(kit):
     kit.run(main())
 
 
-def test_two_clients_with_one_request_id_do_not_meet_at_a_worker(kit):
-    async def main():
-        async with kit.open_lab() as lab:
-            calls = [lab.call(max_tokens=3, request_id="same") for _ in range(2)]
-            answers = await asyncio.gather(*(lab.tokens(call) for call in calls))
-            assert answers == [kit.expected((5, 6, 7), 3)] * 2
-            assert len({request.request_id for request in lab["d0"].requests}) == 2
-
-    kit.run(main())
-
-
 def test_many_requests_at_once_keep_apart(kit):
     async def main():
         async with kit.open_lab() as lab:

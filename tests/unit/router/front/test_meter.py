@@ -5,23 +5,9 @@ import asyncio
 import pytest
 
 from router.front.meter import RequestMeter
-from router.requests.types import AdmittedRequest, TokenBatch
 from wire.errors import InvalidRequest, Overloaded
 from wire.metrics import Metrics
-from wire.proto import common_pb2
-
-REQUEST = AdmittedRequest(
-    request_id="r",
-    wire_id="r~1",
-    model="f",
-    prompt_ids=(5, 6),
-    max_tokens=3,
-    stop_token_ids=(),
-    temperature=0.0,
-    top_p=1.0,
-    top_k=0,
-    seed=0,
-)
+from wire.proto.inference_pb2 import GenerateResponse
 
 
 class FakeContext:
@@ -59,12 +45,9 @@ def test_status_is_counted_by_code(error, left_s, code):
 
 def test_tokens_and_waits_are_observed():
     metrics = Metrics("router")
-    reason = common_pb2.FINISH_REASON_UNSPECIFIED
     with RequestMeter(metrics, FakeContext()) as meter:
-        meter.admit(REQUEST)
         for first_idx, ids in ((0, (7, 8)), (2, (9,)), (3, ())):
-            meter.count(TokenBatch(first_idx=first_idx, token_ids=ids, finish_reason=reason))
-    assert value(metrics, "prompt_tokens_total") == 2
+            meter.count(GenerateResponse(first_idx=first_idx, token_ids=ids))
     assert value(metrics, "generated_tokens_total") == 3
     assert value(metrics, "first_token_seconds_count") == 1
     assert value(metrics, "token_gap_seconds_count") == 1

@@ -63,6 +63,7 @@ REFUSED = [
     (request(request_id="a b"), InvalidRequest, "request_id", "'a b'"),
     (request(request_id="line\n"), InvalidRequest, "request_id", "128"),
     (request(request_id="é"), InvalidRequest, "request_id", "128"),
+    (request(resume_from=1), InvalidRequest, "resume_from", "a request_id"),
     (sampled(temperature=float("nan")), InvalidRequest, "sampling.temperature", "nan"),
     (sampled(temperature=float("inf")), InvalidRequest, "sampling.temperature", "inf"),
     (sampled(temperature=-0.5), InvalidRequest, "sampling.temperature", "-0.5"),
@@ -106,6 +107,15 @@ def test_everything_that_is_given_is_kept():
     got = admit(request(max_tokens=3, ignore_eos=True, request_id="my/req:1", model="toy", sampling=sampling))
     assert (got.temperature, got.top_p, got.top_k, got.seed) == (0.5, 0.25, 4, 2**64 - 1)
     assert (got.max_tokens, got.stop_token_ids, got.request_id) == (3, (), "my/req:1")
+
+
+def test_seed_that_is_not_given_comes_from_the_id_or_is_drawn():
+    seeds = [
+        plan_admission(request(request_id=name), (5,), rules=RULES, rng=random.Random(draw)).seed
+        for name, draw in (("a", 0), ("a", 1), ("b", 0), ("", 0), ("", 1))
+    ]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds)) == 4
 
 
 def test_wire_id_is_new_for_every_request():
