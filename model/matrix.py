@@ -3,6 +3,7 @@
 Letters: R rows, D inner width, F outer width, H heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ LOW_UNITS = 128
 """Steps of the low part of a row's value in one step of its high part."""
 SMALLEST_MAXIMUM = 1e-30
 """A row whose largest magnitude is below this is rounded to zeros: its inverse would not be a number."""
-_MAX_FITS = 16
+MAX_FITS = 16
 """Fits of codes and factors to each other at most; they settle after about eight."""
 DEFAULT_BLOCK = 128
 """Side of the FP8 blocks made of a matrix that is stored otherwise."""
@@ -75,11 +76,15 @@ class StoredMatrix:
         values, scale_inv = quantize_blocks(self.to_float32(), block=DEFAULT_BLOCK)
         return StoredMatrix(values_FD=values, scale_inv=scale_inv, block=DEFAULT_BLOCK)
 
-    def to_int8(self) -> tuple[Tensor, Tensor]:
-        """INT8 codes (F, D) and the factor of each output channel (F,); rounds unless it is stored so."""
+    def to_int8(self, fit: "ColumnFit | None" = None) -> tuple[Tensor, Tensor]:
+        """INT8 codes (F, D) and the factor of each output channel (F,); rounds unless it is stored so.
+
+        Args:
+            fit: how it is rounded; None = by `quantize_columns`.
+        """
         if self.factor_F is not None:
             return self.values_FD, self.factor_F
-        return quantize_columns(self.to_float32())
+        return (fit or quantize_columns)(self.to_float32())
 
 
 class Matrix(Protocol):
@@ -142,6 +147,10 @@ class Mlp(Protocol):
         """(R, D) float32 of (R, D) float32."""
 
 
+ColumnFit = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`quantize_columns`, or another way to the same: kernels have a quicker one."""
+
+
 def quantize_columns(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes (F, D) and the factor of each output channel (F,) float32, fitted to each other.
 
@@ -152,18 +161,22 @@ def quantize_columns(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """
     largest_F = weight_FD.abs().amax(-1)
     factor_F = torch.where(largest_F > SMALLEST_MAXIMUM, largest_F / INT8_MAX, 1.0)
-    code_FD = _nearest_codes(weight_FD, factor_F)
-    for _ in range(_MAX_FITS):
-        num_F = (code_FD * code_FD).sum(-1)
-        factor_F = torch.where(num_F > 0, (weight_FD * code_FD).sum(-1) / num_F, 1.0)
-        before_FD, code_FD = code_FD, _nearest_codes(weight_FD, factor_F)
-        if torch.equal(before_FD, code_FD):
+    codes_FD = _nearest_codes(weight_FD, factor_F)
+    open_N = torch.arange(len(weight_FD))
+    for _ in range(MAX_FITS):
+        rows_ND, before_ND = weight_FD[open_N], codes_FD[open_N]
+        squares_N = torch.linalg.vecdot(before_ND, before_ND)
+        fitted_N = torch.where(squares_N > 0, torch.linalg.vecdot(rows_ND, before_ND) / squares_N, 1.0)
+        after_ND = _nearest_codes(rows_ND, fitted_N)
+        factor_F[open_N], codes_FD[open_N] = fitted_N, after_ND
+        open_N = open_N[(after_ND != before_ND).any(-1)]
+        if not len(open_N):
             break
-    return code_FD.to(torch.int8), factor_F
+    return codes_FD.to(torch.int8), factor_F
 
 
 def _nearest_codes(weight_FD: Tensor, factor_F: Tensor) -> Tensor:
-    return (weight_FD / factor_F[:, None]).round().clamp(-INT8_MAX, INT8_MAX)
+    return (weight_FD / factor_F[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
 
 
 def split_rows(x_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

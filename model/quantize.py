@@ -21,6 +21,7 @@ from torch import Tensor
 from model.checkpoint import CHANNEL_SUFFIX, INDEX_FILE, Checkpoint
 from model.config import INT8_SCHEME
 from model.errors import CheckpointInvalid
+from model.kernels.native.fit import best_fit
 from model.matrix import DEFAULT_BLOCK, StoredMatrix
 from model.save import OnProgress, is_quantised, stage_directory, stored_tensors, write_json, write_weights
 from model.sizes import hf_config
@@ -93,7 +94,7 @@ def _quantised_tensors(
     if is_rounded and not bool(value.isfinite().all()):
         raise CheckpointInvalid(name, problem="has values that are not finite, which cannot be quantised")
     if to == "int8" and is_rounded:
-        codes_FD, factor_F = StoredMatrix(values_FD=value).to_int8()
+        codes_FD, factor_F = StoredMatrix(values_FD=value).to_int8(best_fit())
         return {name: codes_FD, name + CHANNEL_SUFFIX: factor_F[:, None]}
     return stored_tensors(name, value, "fp8" if to == "fp8" else "bfloat16", block=DEFAULT_BLOCK)
 

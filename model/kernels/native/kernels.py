@@ -13,6 +13,7 @@ from torch import Tensor
 from model.batch import LayerCache
 from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, AbsorbedHeads, Assignments, CacheNorms, Reads
+from model.kernels.native.fit import fit_columns_of
 from model.kernels.native.library import AbsorbedShape, CacheShape, ExpandedShape, GateShape, IndexerShape
 from model.kernels.native.packed import Packed, can_stack, pack, pack_stack
 from model.matrix import ApartMatrices, HeadMatrix, JoinedMatrix, Matrix, Mlp, StoredMatrix
@@ -118,6 +119,7 @@ class NativeKernels:
         """Takes what `load_library` gave, and the threads that each kernel uses."""
         self.name = name
         self._library = library
+        self._fit = fit_columns_of(library)
         self._num_threads = num_threads
 
     def start(self) -> None:
@@ -134,14 +136,14 @@ class NativeKernels:
 
     def pack(self, stored: StoredMatrix, form: Form) -> Matrix:
         """A matrix in panels."""
-        return NativeMatrix(self._library, pack(stored, form), num_threads=self._num_threads)
+        return NativeMatrix(self._library, pack(stored, form, fit=self._fit), num_threads=self._num_threads)
 
     def pack_joined(self, stored: Sequence[StoredMatrix], forms: Sequence[Form]) -> JoinedMatrix:
         """Matrices as one, where they are held alike."""
         if not can_stack(stored, forms):
             parts = tuple(self.pack(part, form) for part, form in zip(stored, forms, strict=True))
             return ApartMatrices(parts=parts)
-        packed = pack_stack(stored, forms[0])
+        packed = pack_stack(stored, forms[0], fit=self._fit)
         matrix = NativeMatrix(self._library, packed, num_threads=self._num_threads)
         widths = [len(part.values_FD) for part in stored]
         return NativeJoined(matrix, widths, panel=packed.kind.panel)
@@ -150,13 +152,15 @@ class NativeKernels:
         """One matrix a head; forms other than float32 are held in bfloat16."""
         held: Form = "float32" if form == "float32" else "bfloat16"
         parts = [StoredMatrix(values_FD=weight_FD) for weight_FD in weights_HFD]
-        packed = pack_stack(parts, held, num_columns=weights_HFD.shape[1])
+        packed = pack_stack(parts, held, num_columns=weights_HFD.shape[1], fit=self._fit)
         return NativeMatrix(self._library, packed, num_threads=self._num_threads, num_heads=len(weights_HFD))
 
     def pack_mlp(self, gate: StoredMatrix, up: StoredMatrix, down: StoredMatrix, form: Form) -> Mlp:
         """A SwiGLU."""
-        gate_up = pack_stack([gate, up], form)
-        return NativeMlp(self._library, gate_up, pack(down, form), num_threads=self._num_threads)
+        gate_up = pack_stack([gate, up], form, fit=self._fit)
+        return NativeMlp(
+            self._library, gate_up, pack(down, form, fit=self._fit), num_threads=self._num_threads
+        )
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
         """The norm of each row."""

@@ -116,6 +116,9 @@ ARGUMENTS = {
     "moray_index_scores": (
         POINTER(IndexerShape), c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int64,
     c_int, ),
+    "moray_fit_columns": (
+        c_void_p, c_int, c_int, c_float, c_int, c_void_p, c_void_p, c_void_p, c_void_p,
+    ),
     "moray_select_positions": (c_void_p, c_int, c_int64, c_void_p, c_int, c_void_p, c_int),
 }
 # fmt: on

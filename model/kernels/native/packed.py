@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.kernels.native.library import Weight
-from model.matrix import DEFAULT_BLOCK, StoredMatrix
+from model.matrix import DEFAULT_BLOCK, ColumnFit, StoredMatrix
 from model.precision import Form
 
 PANEL = 32
@@ -75,12 +75,18 @@ class Packed:
         )
 
 
-def pack(stored: StoredMatrix, form: Form) -> Packed:
-    """A matrix in panels."""
-    return pack_stack([stored], form, num_columns=len(stored.values_FD))
+def pack(stored: StoredMatrix, form: Form, *, fit: ColumnFit | None = None) -> Packed:
+    """A matrix in panels; `fit` as for `pack_stack`."""
+    return pack_stack([stored], form, num_columns=len(stored.values_FD), fit=fit)
 
 
-def pack_stack(parts: Sequence[StoredMatrix], form: Form, *, num_columns: int | None = None) -> Packed:
+def pack_stack(
+    parts: Sequence[StoredMatrix],
+    form: Form,
+    *,
+    num_columns: int | None = None,
+    fit: ColumnFit | None = None,
+) -> Packed:
     """Matrices of one inner width behind each other, each in whole panels.
 
     They are packed piece by piece into what is held: beside it, memory has one piece.
@@ -89,11 +95,12 @@ def pack_stack(parts: Sequence[StoredMatrix], form: Form, *, num_columns: int | 
         parts: what is packed; all of one kind.
         form: the form of all.
         num_columns: what a product has; None = all columns, those that fill up panels among them.
+        fit: how INT8 is rounded, see `StoredMatrix.to_int8`.
     """
     first = parts[0]
     kind = _kind(first, form)
     num_panels = sum(-(-len(part.values_FD) // kind.panel) for part in parts)
-    pieces = (_pack_piece(piece, kind) for part in parts for piece in _pieces(part))
+    pieces = (_pack_piece(piece, kind, fit) for part in parts for piece in _pieces(part))
     values, *factors = _fill(pieces, num_panels)
     scales, offset = (*factors, None, None)[:2]
     return Packed(
@@ -145,10 +152,10 @@ def _fill(pieces: Iterable[tuple[Tensor, ...]], num_panels: int) -> tuple[Tensor
     return whole
 
 
-def _pack_piece(piece: StoredMatrix, kind: Kind) -> tuple[Tensor, ...]:
+def _pack_piece(piece: StoredMatrix, kind: Kind, fit: ColumnFit | None) -> tuple[Tensor, ...]:
     """Values, scales and offsets of some panels; the first axis of each counts panels."""
     if kind is Kind.INT8:
-        return _pack_int8(*piece.to_int8())
+        return _pack_int8(*piece.to_int8(fit))
     if kind is Kind.FP8:
         blocks = piece.to_blocks()
         panels = _panels(blocks.values_FD.view(torch.uint8))
