@@ -165,8 +165,10 @@ def quantize_columns(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     open_N = torch.arange(len(weight_FD))
     for _ in range(MAX_FITS):
         rows_ND, before_ND = weight_FD[open_N], codes_FD[open_N]
-        squares_N = torch.linalg.vecdot(before_ND, before_ND)
-        fitted_N = torch.where(squares_N > 0, torch.linalg.vecdot(rows_ND, before_ND) / squares_N, 1.0)
+        exact_ND = before_ND.double()
+        squares_N = torch.linalg.vecdot(exact_ND, exact_ND)
+        products_N = torch.linalg.vecdot(rows_ND.double(), exact_ND)
+        fitted_N = torch.where(squares_N > 0, products_N / squares_N, 1.0).float()
         after_ND = _nearest_codes(rows_ND, fitted_N)
         factor_F[open_N], codes_FD[open_N] = fitted_N, after_ND
         open_N = open_N[(after_ND != before_ND).any(-1)]

@@ -13,7 +13,7 @@ _MOST_LANES = 16
 
 
 def fit_columns_of(library: ctypes.CDLL) -> ColumnFit:
-    """`quantize_columns`, about twenty times as fast; last bits of a factor, and codes on a border, may differ."""
+    """`quantize_columns`, many times as fast: sums are exact but for last bits of FP64."""
 
     def fit(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
         weight_FD = weight_FD.contiguous()
