@@ -4,8 +4,8 @@ import asyncio
 import contextlib
 import itertools
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
@@ -26,24 +26,83 @@ class GenerateOptions:
     """How to generate; None leaves the choice to the router."""
 
     model: str = ""
+    n: int = 1
+    """Outputs of each prompt."""
     max_tokens: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    """Strings that end the text."""
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit."""
+    logprobs: int | None = None
+    """Most probable tokens to tell of beside each new one; None = tell nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt."""
+    json_schema: str | None = None
+    """What the text must be; at most one of these three."""
+    regex: str | None = None
+    grammar: str | None = None
     seed: int | None = None
     deadline_s: float | None = None
     num_resumes: int = 5
     """Times that an answer whose stream broke is asked for again, from the next token on."""
 
 
+@dataclass
+class Answer:
+    """One whole output."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    """One a token, where asked for."""
+    prompt_logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    """One a token of the prompt, where asked for; the first is empty."""
+
+    def add(self, response: inference_pb2.GenerateResponse) -> None:
+        """The next message."""
+        self.token_ids.extend(response.token_ids)
+        self.text += response.text
+        self.logprobs.extend(response.logprobs)
+        self.prompt_logprobs.extend(response.prompt_logprobs)
+
+
 def make_request(prompt: str | Sequence[int], options: GenerateOptions) -> inference_pb2.GenerateRequest:
     """The request for a text or for token ids."""
     sampling = common_pb2.SamplingParams(
-        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=options.logit_bias,
+        min_tokens=options.min_tokens,
+        logprobs=options.logprobs,
+        prompt_logprobs=options.prompt_logprobs,
+        seed=options.seed,
     )
+    for kind in ("json_schema", "regex", "grammar"):
+        if getattr(options, kind) is not None:
+            setattr(sampling, kind, getattr(options, kind))
     request = inference_pb2.GenerateRequest(
-        model=options.model, sampling=sampling, max_tokens=options.max_tokens, ignore_eos=options.ignore_eos
+        model=options.model,
+        sampling=sampling,
+        max_tokens=options.max_tokens,
+        ignore_eos=options.ignore_eos,
+        stop_token_ids=options.stop_token_ids,
+        stop=options.stop,
+        n=options.n if options.n != 1 else None,
     )
     if isinstance(prompt, str):
         request.text = prompt
@@ -86,7 +145,8 @@ class InferenceClient:
             MorayError: what the cluster answered instead.
         """
         request = make_request(prompt, options)
-        request.request_id = uuid.uuid4().hex if options.num_resumes else ""
+        # The router resumes one output, not several that mix.
+        request.request_id = uuid.uuid4().hex if options.num_resumes and options.n == 1 else ""
         loop = asyncio.get_running_loop()
         end_s = None if options.deadline_s is None else loop.time() + options.deadline_s
         for resume_idx in itertools.count():
@@ -119,25 +179,43 @@ class InferenceClient:
         with contextlib.suppress(grpc.aio.AioRpcError):
             await self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id), timeout=_CANCEL_S)
 
-    async def tokens(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[int]:
-        """All new tokens of one answer.
+    async def answer(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[Answer]:
+        """The `options.n` whole outputs of a prompt.
 
         Raises:
             MorayError: what the cluster answered instead.
         """
-        return [
-            token_id async for response in self.stream(prompt, options) for token_id in response.token_ids
-        ]
+        answers = [Answer() for _ in range(options.n)]
+        async for response in self.stream(prompt, options):
+            answers[response.output_idx].add(response)
+        return answers
 
-    async def all_tokens(
-        self, prompts: Sequence[str | Sequence[int]], options: GenerateOptions
-    ) -> list[list[int]]:
-        """The new tokens of several prompts, all asked at once.
+    async def answers(self, prompts: Sequence[str | Sequence[int]], options: GenerateOptions) -> list[Answer]:
+        """The outputs of several prompts, all asked at once; those of one prompt stand together.
 
         Raises:
             MorayError: of the first prompt that failed.
         """
-        return await asyncio.gather(*(self.tokens(prompt, options) for prompt in prompts))
+        of_prompts = await asyncio.gather(*(self.answer(prompt, options) for prompt in prompts))
+        return [answer for answers in of_prompts for answer in answers]
+
+    async def tokens(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[int]:
+        """All new tokens of the first output.
+
+        Raises:
+            MorayError: what the cluster answered instead.
+        """
+        return (await self.answer(prompt, options))[0].token_ids
+
+    async def all_tokens(
+        self, prompts: Sequence[str | Sequence[int]], options: GenerateOptions
+    ) -> list[list[int]]:
+        """The new tokens of all outputs of several prompts, asked at once.
+
+        Raises:
+            MorayError: of the first prompt that failed.
+        """
+        return [answer.token_ids for answer in await self.answers(prompts, options)]
 
     async def cluster(self) -> control_pb2.ClusterSnapshot:
         """The router's view of the cluster.

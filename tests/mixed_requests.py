@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.client import GenerateOptions
+from wire.proto.common_pb2 import SamplingParams
 from workers.attention.engine import Engine
 from workers.attention.types import Event, Failed, NewToken, Sampling, SequenceSpec, Source
 
@@ -68,7 +69,27 @@ def _sampling(rng: random.Random) -> Sampling:
         temperature=rng.choice((0.3, 0.8, 1.5)),
         top_p=rng.choice((0.5, 0.9, 1.0)),
         top_k=rng.choice((0, 5, 40)),
+        min_p=rng.choice((0.0, 0.0625)),
         seed=rng.getrandbits(64),
+        repetition_penalty=rng.choice((1.0, 1.25)),
+        presence_penalty=rng.choice((0.0, 0.5)),
+        frequency_penalty=rng.choice((0.0, -0.25)),
+        logit_bias=((FIRST_BYTE_ID + rng.randrange(NUM_BYTES), 2.5),) if rng.random() < 0.5 else (),
+    )
+
+
+def message_of(sampling: Sampling) -> SamplingParams:
+    """The parameters as a worker gets them."""
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
     )
 
 
@@ -80,6 +101,11 @@ def options_of(request: MixedRequest) -> GenerateOptions:
         temperature=request.sampling.temperature,
         top_p=request.sampling.top_p,
         top_k=request.sampling.top_k,
+        min_p=request.sampling.min_p,
+        repetition_penalty=request.sampling.repetition_penalty,
+        presence_penalty=request.sampling.presence_penalty,
+        frequency_penalty=request.sampling.frequency_penalty,
+        logit_bias=dict(request.sampling.logit_bias),
         seed=request.sampling.seed,
     )
 

@@ -86,6 +86,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "Tokens that the MTP layer drafted, by position in their step and by what became of them.",
         ("position", "outcome"),
     ),
+    MetricSpec(
+        "moray_attention_grammars_total",
+        Kind.COUNTER,
+        "Grammars of structured outputs, by whether they were compiled or kept from earlier.",
+        ("result",),
+    ),
     MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),
     MetricSpec(
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)

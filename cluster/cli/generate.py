@@ -10,63 +10,71 @@ from rich.console import Console
 
 from cluster.chat.conversation import Conversation
 from cluster.cli.replies import stream_reply
-from cluster.client import GenerateOptions, InferenceClient
+from cluster.cli.sampling_flags import with_options
+from cluster.client import Answer, GenerateOptions, InferenceClient
 from cluster.local_state import router_address
 from wire.errors import ConfigError
-
-_UINT32 = 2**32 - 1
-"""What the wire can carry; the router checks whether it makes sense."""
+from wire.proto import common_pb2
 
 
+@with_options
 def generate(  # noqa: PLR0913, PLR0917 - one parameter a flag
     text: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
     tokens: Annotated[Path | None, typer.Option(help='File with {"tokens": [[id, ...], ...]}.')] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=0, max=_UINT32, help="New tokens at most.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end token.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus, (0, 1].")] = None,
-    top_k: Annotated[int, typer.Option(min=0, max=_UINT32, help="0 = all.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Same seed, same text.")] = None,
-    model: Annotated[str, typer.Option(help="Name of the model; empty = the one served.")] = "",
     address: Annotated[str | None, typer.Option(help="host:port of a router; else MORAY_ADDRESS.")] = None,
-    deadline_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the text into the chat format.")] = False,
     thinking: Annotated[bool, typer.Option(help="With --chat: let the model reason first.")] = True,
     system: Annotated[str, typer.Option(help="With --chat: system text.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help='Print {"outputs": [[id, ...], ...]}.')] = False,
+    *,
+    options: GenerateOptions,
 ) -> None:
     """Sends a prompt and streams the answer."""
-    options = GenerateOptions(
-        model=model,
-        max_tokens=max_tokens,
-        ignore_eos=ignore_eos,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        deadline_s=deadline_s,
-    )
     target = router_address(address)
     if (text is None) == (tokens is None):
         raise ConfigError(field="text", wanted="either a text or --tokens", given="both" if text else "none")
     if chat and text is None:
         raise ConfigError(field="--chat", wanted="a text to put into the chat format", given="--tokens")
+    if chat and options.n != 1:
+        raise ConfigError(field="--n", wanted="1 with --chat", given=str(options.n))
     conversation = Conversation(thinking_mode="thinking" if thinking else "chat", system=system)
     if chat:
         conversation.ask(text or "")
     if tokens is None and not as_json:
-        answer = (
+        printed = (
             print_reply(target, conversation, options) if chat else print_answer(target, text or "", options)
         )
-        asyncio.run(answer)
+        asyncio.run(printed)
         return
     prompts = read_prompts(tokens) if tokens is not None else [conversation.prompt() if chat else text or ""]
-    outputs = asyncio.run(_collect(target, prompts, options))
+    answers = asyncio.run(_collect(target, prompts, options))
     if as_json:
-        typer.echo(json.dumps({"outputs": outputs}))
+        typer.echo(json.dumps(describe_answers(answers, options)))
     else:
-        for output in outputs:
-            typer.echo(" ".join(map(str, output)))
+        for answer in answers:
+            typer.echo(" ".join(map(str, answer.token_ids)))
+
+
+def describe_answers(answers: list[Answer], options: GenerateOptions) -> dict[str, Any]:
+    """What --json prints: one entry a prompt, log-probabilities where asked for."""
+    described: dict[str, Any] = {"outputs": [answer.token_ids for answer in answers]}
+    if options.logprobs is not None:
+        described["logprobs"] = [_describe_logprobs(answer.logprobs) for answer in answers]
+    if options.prompt_logprobs is not None:
+        described["prompt_logprobs"] = [
+            [None, *_describe_logprobs(answer.prompt_logprobs[1:])] for answer in answers
+        ]
+    return described
+
+
+def _describe_logprobs(logprobs: list[common_pb2.TokenLogprobs]) -> list[dict[str, Any]]:
+    return [
+        {
+            "logprob": one.logprob,
+            "top": [list(pair) for pair in zip(one.top_token_ids, one.top_logprobs, strict=True)],
+        }
+        for one in logprobs
+    ]
 
 
 def read_prompts(path: Path) -> list[Any]:
@@ -92,9 +100,9 @@ def _is_prompt(prompt: object) -> bool:
     return isinstance(prompt, list) and all(type(i) is int and 0 <= i < 2**32 for i in prompt)
 
 
-async def _collect(target: str, prompts: list[Any], options: GenerateOptions) -> list[list[int]]:
+async def _collect(target: str, prompts: list[Any], options: GenerateOptions) -> list[Answer]:
     async with InferenceClient(target) as client:
-        return await client.all_tokens(prompts, options)
+        return await client.answers(prompts, options)
 
 
 async def print_reply(target: str, conversation: Conversation, options: GenerateOptions) -> None:
@@ -106,13 +114,15 @@ async def print_reply(target: str, conversation: Conversation, options: Generate
 
 
 async def print_answer(target: str, text: str, options: GenerateOptions) -> None:
-    """Prints an answer as it arrives; token ids where the model has no tokenizer."""
+    """Prints an answer as it arrives, several outputs once they are whole; ids where no text is."""
     console = Console(soft_wrap=True, highlight=False)
     async with InferenceClient(target) as client:
-        has_text = False
-        token_ids: list[int] = []
+        if options.n != 1:
+            for answer in await client.answer(text, options):
+                console.print(answer.text or " ".join(map(str, answer.token_ids)), markup=False)
+            return
+        answer = Answer()
         async for response in client.stream(text, options):
-            has_text = has_text or bool(response.text)
-            token_ids.extend(response.token_ids)
+            answer.add(response)
             console.print(response.text, end="", markup=False)
-        console.print("" if has_text else " ".join(map(str, token_ids)), markup=False)
+        console.print("" if answer.text else " ".join(map(str, answer.token_ids)), markup=False)

@@ -19,8 +19,9 @@ class RequestMeter:
     def __init__(self, metrics: Metrics, context: Context) -> None:
         self._metrics = metrics
         self._context = context
-        self._last_s = time.perf_counter()
-        self._has_tokens = False
+        self._began_s = time.perf_counter()
+        self._output_to_last_s: dict[int, float] = {}
+        """When an output's last tokens went out."""
 
     def __enter__(self) -> Self:
         self._metrics.gauge("active_requests").inc()
@@ -36,11 +37,12 @@ class RequestMeter:
         """A message goes to the client."""
         if not message.token_ids:
             return
-        now_s = time.perf_counter()
-        name = "token_gap_seconds" if self._has_tokens else "first_token_seconds"
-        self._metrics.histogram(name).observe(now_s - self._last_s)
+        now_s, output_idx = time.perf_counter(), message.output_idx
+        name = "token_gap_seconds" if output_idx in self._output_to_last_s else "first_token_seconds"
+        last_s = self._output_to_last_s.get(output_idx, self._began_s)
+        self._metrics.histogram(name).observe(now_s - last_s)
         self._metrics.counter("generated_tokens_total").inc(len(message.token_ids))
-        self._last_s, self._has_tokens = now_s, True
+        self._output_to_last_s[output_idx] = now_s
 
     def _code(self, error: BaseException | None) -> grpc.StatusCode:
         if error is None:

@@ -9,14 +9,16 @@ from collections.abc import AsyncGenerator
 from router.config import RouterConfig
 from router.front.admission import Admission
 from router.front.meter import RequestMeter
+from router.front.outputs import merge_streams, plan_outputs
+from router.front.reply import ReplyStream, split_end
 from router.front.runs import SharedRuns
-from router.front.tokenizer import TextStream, TokenizerStore
+from router.front.tokenizer import PromptTokenizer, TextStream, TokenizerStore
 from router.front.validate import AdmissionRules, check_request, plan_admission
 from router.requests.answers import AnswerShelf, ShelfLimits
 from router.requests.roster import Roster
 from router.requests.session import SessionRunner
-from router.requests.types import AdmittedRequest, TokenBatch
-from wire.errors import NotReady
+from router.requests.types import AdmittedRequest
+from wire.errors import InvalidRequest, NotReady
 from wire.metrics import Metrics
 from wire.proto import common_pb2, control_pb2, inference_pb2, inference_pb2_grpc
 from wire.rpc import Context, unary_errors
@@ -68,10 +70,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """
         left_s = context.time_remaining()
         end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
-        has_id = bool(request.request_id)
-        door = self._admission.follow() if has_id else self._admission.enter()
+        is_shared = bool(request.request_id) and request.n <= 1
+        door = self._admission.follow() if is_shared else self._admission.enter()
         with RequestMeter(self._metrics, context) as meter, door:
-            answer = self._runs.follow(request, end_s=end_s) if has_id else self._answer(request, end_s)
+            answer = self._runs.follow(request, end_s=end_s) if is_shared else self._answer(request, end_s)
             async with contextlib.aclosing(answer) as messages:
                 async for message in messages:
                     meter.count(message)
@@ -105,17 +107,48 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def _answer(
         self, request: inference_pb2.GenerateRequest, end_s: float | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        admitted, text = await self._admit(request, end_s=end_s)
+        admitted, tokenizer = await self._admit(request, end_s=end_s)
         self._metrics.counter("prompt_tokens_total").inc(len(admitted.prompt_ids))
-        async with contextlib.aclosing(self._runner.run(admitted, end_s=end_s)) as batches:
+        # Only who has an id can come back and ask from any token on.
+        in_pieces = bool(request.request_id)
+        streams = [
+            self._replies(output, tokenizer, end_s=end_s, in_pieces=in_pieces)
+            for output in plan_outputs(admitted, request.n or 1)
+        ]
+        if len(streams) == 1:
+            async with contextlib.aclosing(streams[0]) as responses:
+                async for response in responses:
+                    yield response
+            return
+        async with contextlib.aclosing(merge_streams(streams)) as numbered:
+            async for output_idx, response in numbered:
+                response.output_idx = output_idx
+                yield response
+
+    async def _replies(
+        self,
+        output: AdmittedRequest,
+        tokenizer: PromptTokenizer | None,
+        *,
+        end_s: float | None,
+        in_pieces: bool = False,
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """The messages of one output; its call to a worker has ended when this has."""
+        reply = ReplyStream(output, TextStream(tokenizer))
+        async with contextlib.aclosing(self._runner.run(output, end_s=end_s)) as batches:
             async for batch in batches:
-                # Only who has an id can come back and ask from any token on.
-                for piece in batch.split() if request.request_id else (batch,):
-                    yield _response(admitted, piece, text)
+                for piece in batch.split() if in_pieces else (batch,):
+                    if (response := reply.take(piece)) is None:
+                        continue
+                    for part in split_end(response) if in_pieces else (response,):
+                        yield part
+                    if response.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+                        # A stop string may end it before the worker does, whose call ends with `batches`.
+                        return
 
     async def _admit(
         self, request: inference_pb2.GenerateRequest, *, end_s: float | None
-    ) -> tuple[AdmittedRequest, TextStream]:
+    ) -> tuple[AdmittedRequest, PromptTokenizer | None]:
         wait_s = self._config.ready_wait_s
         if end_s is not None:
             wait_s = min(wait_s, max(end_s - asyncio.get_running_loop().time(), 0.0))
@@ -130,22 +163,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         rules = AdmissionRules(model=view.model, default_max_tokens=self._config.default_max_tokens)
         admitted = plan_admission(request, prompt_ids, rules=rules, rng=self._rng)
         _log.debug("request %s: %d prompt tokens", admitted.request_id, len(prompt_ids))
-        return admitted, TextStream(await self._tokenizers.find(view.model))
-
-
-def _response(
-    request: AdmittedRequest, batch: TokenBatch, text: TextStream
-) -> inference_pb2.GenerateResponse:
-    is_last = batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
-    response = inference_pb2.GenerateResponse(
-        request_id=request.request_id,
-        first_idx=batch.first_idx,
-        token_ids=batch.token_ids,
-        text=text.push(batch.token_ids) + (text.finish() if is_last else ""),
-        finish_reason=batch.finish_reason,
-    )
-    if is_last:
-        response.usage.prompt_tokens = len(request.prompt_ids)
-        response.usage.completion_tokens = batch.first_idx + len(batch.token_ids)
-        response.usage.cached_tokens = batch.num_cached_tokens
-    return response
+        tokenizer = await self._tokenizers.find(view.model)
+        if admitted.stop and tokenizer is None:
+            wanted = "wanted none, because the router has no tokenizer of this model"
+            raise InvalidRequest(f"stop: {wanted}; got {len(admitted.stop)} strings", field="stop")
+        return admitted, tokenizer

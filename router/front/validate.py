@@ -4,7 +4,6 @@ Two steps, because the text is tokenized between them: `check_request` needs no 
 """
 
 import hashlib
-import math
 import random
 import re
 from dataclasses import dataclass
@@ -13,9 +12,14 @@ from router.requests.members import ModelFacts
 from router.requests.types import AdmittedRequest
 from wire.errors import InvalidRequest, PromptTooLong, UnknownModel
 from wire.proto import common_pb2, inference_pb2
+from wire.sampling import check_sampling
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 _MAX_SHOWN_CHARS = 80
+_MAX_STOP_TOKENS = 256
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 256
+_MAX_OUTPUTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +51,16 @@ def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> 
         )
     if request.resume_from and not request.request_id:
         raise _invalid("resume_from", "a request_id beside it", "none")
+    if request.resume_from and request.n > 1:
+        raise _invalid("resume_from", "one output: only that can be resumed", f"n = {request.n}")
     _check_prompt(request)
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise _invalid("max_tokens", "at least 1", "0; leave it unset for the default")
-    _check_sampling(request.sampling)
+    check_sampling(request.sampling, vocab_tokens=model.vocab_tokens)
+    _check_stop_tokens(request, model)
+    _check_stops(request)
+    if request.HasField("n") and not 1 <= request.n <= _MAX_OUTPUTS:
+        raise _invalid("n", f"1 to {_MAX_OUTPUTS} outputs", str(request.n))
 
 
 def plan_admission(
@@ -69,7 +79,7 @@ def plan_admission(
         rng: draws the wire id, and the request id and the seed that the client left out.
 
     Raises:
-        InvalidRequest: a token id is not in the vocabulary.
+        InvalidRequest: a token id is not in the vocabulary, or min_tokens exceeds max_tokens.
         PromptTooLong: prompt and new tokens do not fit the context.
     """
     field = request.WhichOneof("prompt") or "prompt"
@@ -77,19 +87,24 @@ def plan_admission(
     if not prompt_ids:
         raise _invalid(field, "at least one token", "none")
     _check_vocabulary(prompt_ids, model, field=field)
+    max_tokens = _plan_max_tokens(request, len(prompt_ids), rules=rules, field=field)
+    if request.sampling.min_tokens > max_tokens:
+        wanted = f"at most max_tokens, {max_tokens}"
+        raise _invalid("sampling.min_tokens", wanted, str(request.sampling.min_tokens))
     request_id = request.request_id or f"{rng.getrandbits(96):024x}"
-    sampling = request.sampling
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    sampling.seed = _plan_seed(request, rng)
+    end_ids = () if request.ignore_eos else (model.eos_token_id,)
     return AdmittedRequest(
         request_id=request_id,
         wire_id=f"{request_id}~{rng.getrandbits(64):016x}",
         model=model.fingerprint,
         prompt_ids=prompt_ids,
-        max_tokens=_plan_max_tokens(request, len(prompt_ids), rules=rules, field=field),
-        stop_token_ids=() if request.ignore_eos else (model.eos_token_id,),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        top_k=sampling.top_k,
-        seed=_plan_seed(request, rng),
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(dict.fromkeys((*end_ids, *request.stop_token_ids))),
+        stop=tuple(request.stop),
+        sampling=sampling,
     )
 
 
@@ -113,11 +128,21 @@ def _check_prompt(request: inference_pb2.GenerateRequest) -> None:
         raise _invalid("tokens", "at least one token id", "an empty list")
 
 
-def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
-    if not math.isfinite(sampling.temperature) or sampling.temperature < 0:
-        raise _invalid("sampling.temperature", "a finite number >= 0", f"{sampling.temperature:g}")
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        raise _invalid("sampling.top_p", "a number in (0, 1]", f"{sampling.top_p:g}")
+def _check_stop_tokens(request: inference_pb2.GenerateRequest, model: ModelFacts) -> None:
+    ids = request.stop_token_ids
+    if len(ids) > _MAX_STOP_TOKENS:
+        raise _invalid("stop_token_ids", f"at most {_MAX_STOP_TOKENS} ids", str(len(ids)))
+    wrong = [token_id for token_id in ids if token_id >= model.vocab_tokens]
+    if wrong:
+        raise _invalid("stop_token_ids", f"token ids in [0, {model.vocab_tokens})", str(wrong[0]))
+
+
+def _check_stops(request: inference_pb2.GenerateRequest) -> None:
+    if len(request.stop) > _MAX_STOPS:
+        raise _invalid("stop", f"at most {_MAX_STOPS} strings", str(len(request.stop)))
+    for stop in request.stop:
+        if not 1 <= len(stop) <= _MAX_STOP_CHARS:
+            raise _invalid("stop", f"strings of 1 to {_MAX_STOP_CHARS} characters", f"{len(stop)} characters")
 
 
 def _check_vocabulary(prompt_ids: tuple[int, ...], model: ModelFacts, *, field: str) -> None:

@@ -136,8 +136,8 @@ class SessionRunner:
 
 
 async def _next_batch(attempt: Attempt, transcript: Transcript) -> TokenBatch:
-    """The next event that carries tokens or the end."""
+    """The next event that carries something for the client."""
     while True:
         batch = transcript.accept(await attempt.read())
-        if batch.token_ids or batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+        if not batch.is_empty:
             return batch

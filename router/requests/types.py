@@ -22,14 +22,10 @@ class AdmittedRequest:
     """New tokens at most, >= 1; fits the context together with the prompt."""
     stop_token_ids: tuple[int, ...]
     """Ids that end the sequence; () = only `max_tokens` does."""
-    temperature: float
-    """0 = greedy."""
-    top_p: float
-    """In (0, 1]."""
-    top_k: int
-    """0 = all."""
-    seed: int
-    """In [0, 2**64)."""
+    stop: tuple[str, ...]
+    """Strings that end the text."""
+    sampling: common_pb2.SamplingParams
+    """Checked, with its seed; never written again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +39,35 @@ class TokenBatch:
     """FINISH_REASON_UNSPECIFIED unless these are the last."""
     num_cached_tokens: int = 0
     """Tokens of the prompt that the workers of the first attempt did not have to compute."""
+    logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+    """One a token, where asked for."""
+    prompt_logprobs: tuple[common_pb2.TokenLogprobs, ...] = ()
+    """Of the next tokens of the prompt from its second on, where asked for."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the client learns nothing from it."""
+        is_last = self.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+        return not (self.token_ids or self.prompt_logprobs or is_last)
 
     def split(self) -> "tuple[TokenBatch, ...]":
         """The same, one token a batch; the finish reason comes after them in a batch of its own."""
         unfinished = common_pb2.FINISH_REASON_UNSPECIFIED
         single = tuple(
-            replace(self, first_idx=self.first_idx + idx, token_ids=(token_id,), finish_reason=unfinished)
+            replace(
+                self,
+                first_idx=self.first_idx + idx,
+                token_ids=(token_id,),
+                finish_reason=unfinished,
+                logprobs=self.logprobs[idx : idx + 1],
+                prompt_logprobs=self.prompt_logprobs if idx == 0 else (),
+            )
             for idx, token_id in enumerate(self.token_ids)
         )
         if self.finish_reason == unfinished:
-            return single
-        return (*single, replace(self, first_idx=self.first_idx + len(single), token_ids=()))
+            return single or (self,)
+        end = replace(self, first_idx=self.first_idx + len(single), token_ids=(), logprobs=())
+        return (*single, replace(end, prompt_logprobs=()) if single else end)
 
 
 @dataclass(frozen=True, kw_only=True)

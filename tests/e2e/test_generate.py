@@ -52,6 +52,24 @@ def test_the_same_seed_gives_the_same_text(cluster: Running) -> None:
     assert other != first
 
 
+def test_text_follows_a_structure_and_ends_at_a_stop_string(cluster: Running) -> None:
+    whole = ("generate", "Hello, Moray", "--regex", "[0-9]{3}-[a-z]{5}", "--max-tokens", "20")
+    done = cluster.shell.run(*whole)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.strip()
+    assert re.fullmatch("[0-9]{3}-[a-z]{5}", text)
+    cut = cluster.shell.run(*whole, "--stop", text[2:5])
+    assert cut.stdout.strip() == text[:2]
+
+
+def test_more_outputs_leave_the_first_as_it_is_and_tell_their_log_probabilities(cluster: Running) -> None:
+    sampled = ("--temperature", "1.0", "--seed", "5", "--max-tokens", "12", "--repetition-penalty", "1.2")
+    (first,) = cluster.shell.generate([[40, 41, 42]], *sampled)
+    outputs = cluster.shell.generate([[40, 41, 42]], *sampled, "--n", "3", "--logprobs", "1")
+    assert outputs[0] == first
+    assert len({tuple(output) for output in outputs}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -59,6 +77,9 @@ def test_the_same_seed_gives_the_same_text(cluster: Running) -> None:
         (["hi", "--model", "gpt-7"], "gpt-7"),
         (["hi", "--temperature", "-1"], "temperature"),
         (["hi", "--top-p", "1.5"], "top_p"),
+        (["hi", "--regex", "[0-9"], "regex"),
+        (["hi", "--n", "65"], "n: wanted 1 to 64"),
+        (["hi", "--logit-bias", "999999=1"], "logit_bias"),
         (["x" * 5000], "4096"),
         (["hi", "--max-tokens", "999999"], "max_tokens"),
     ],

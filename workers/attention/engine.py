@@ -30,6 +30,7 @@ from workers.attention.scoring import ScoreSpec, score_prompt
 from workers.attention.types import (
     Admitted,
     CacheRows,
+    ChosenToken,
     Failed,
     Finish,
     Key,
@@ -204,30 +205,30 @@ class Engine:
             new_tokens = self._runner.run(running)
             for sequence, _ in running:
                 self._prefix.publish(sequence)
-            for sequence, token_ids in new_tokens:
-                for token_id in token_ids:
+            for sequence, tokens in new_tokens:
+                for token in tokens:
                     # One that ended with an accepted draft gets none of those behind it.
                     if sequence.spec.key in self._sequences:
-                        self._append(sequence, token_id)
+                        self._append(sequence, token)
         except MorayError as error:
             self._fail(running, error)
         except Exception as error:  # noqa: BLE001  the thread must live on; mapped, logged, told to the callers
             _log.exception("engine step failed")
             self._fail(running, InternalError(f"engine step: {type(error).__name__}: {error}"))
 
-    def _append(self, sequence: SequenceState, token_id: int) -> None:
+    def _append(self, sequence: SequenceState, token: ChosenToken) -> None:
         """One more token; ends the sequence when it is the last."""
-        sequence.token_ids.append(token_id)
+        sequence.token_ids.append(token.token_id)
         sequence.phase = Phase.DECODE
         finish = None
-        if token_id in sequence.spec.stop_token_ids:
+        if token.token_id in sequence.spec.stop_token_ids:
             finish = Finish.STOP
         elif sequence.num_new_tokens >= sequence.spec.max_tokens:
             finish = Finish.LENGTH
         if finish is not None or sequence.spec.source is Source.PREFILL_ONLY:
             self._drop(sequence.spec.key)
         num_reused_tokens = sequence.num_reused_tokens if sequence.num_new_tokens == 1 else 0
-        sequence.sink(NewToken(token_id, finish, num_reused_tokens))
+        sequence.sink(NewToken(token.token_id, finish, num_reused_tokens, token.logprobs))
 
     def _drop(self, key: Key) -> None:
         """Forgets a sequence; its pages are free afterwards."""
@@ -290,9 +291,14 @@ class Engine:
         sequence = self._sequences.get(key)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             return
-        sequence.num_cached_tokens = len(sequence.spec.token_ids)
+        num_tokens = len(sequence.spec.token_ids)
+        if not sequence.spec.takes_first_token:
+            sequence.num_cached_tokens = num_tokens - 1
+            sequence.phase = Phase.PREFILL
+            return
+        sequence.num_cached_tokens = num_tokens
         self._prefix.publish(sequence)
-        self._append(sequence, token_id)
+        self._append(sequence, ChosenToken(token_id))
 
     def _on_compute_here(self, key: Key) -> None:
         sequence = self._sequences.get(key)

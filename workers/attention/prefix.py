@@ -8,7 +8,7 @@ another sequence with the same prompt that is still at it takes it over.
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules, extend_hashes
 from workers.attention.pages import PageAllocator
-from workers.attention.types import Phase, SequenceState, Source
+from workers.attention.types import Phase, SequenceState
 
 
 class PrefixCache:
@@ -68,7 +68,9 @@ class PrefixCache:
 
     def _num_shareable(self, sequence: SequenceState) -> int:
         """Pages that may come from others: one token is left to who computes, for the logits behind it."""
-        is_received = sequence.spec.source is Source.REMOTE and sequence.phase is not Phase.PREFILL
+        if sequence.spec.needs_prompt_rows:
+            return 0
+        is_received = sequence.spec.takes_first_token and sequence.phase is not Phase.PREFILL
         num_tokens = len(sequence.token_ids) - (0 if is_received else 1)
         return num_tokens // self._rules.page_tokens
 

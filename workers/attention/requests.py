@@ -5,8 +5,18 @@ from collections.abc import Sequence
 from model.config import ModelConfig
 from wire.errors import InvalidRequest, PromptTooLong
 from wire.proto import attention_pb2, common_pb2
+from wire.sampling import check_sampling
+from workers.attention.grammar import Grammar
 from workers.attention.scoring import ScoreSpec
-from workers.attention.types import Finish, Sampling, SequenceSpec, Source
+from workers.attention.types import (
+    Finish,
+    NewToken,
+    PromptLogprobs,
+    Sampling,
+    SequenceSpec,
+    Source,
+    TokenLogprobs,
+)
 
 FINISH_TO_PROTO = {
     None: common_pb2.FINISH_REASON_UNSPECIFIED,
@@ -43,7 +53,9 @@ def read_sequence(
     if is_prefill_only:
         source = Source.PREFILL_ONLY
     else:
-        source = Source.REMOTE if request.prefill_address else Source.LOCAL
+        # A prefill worker sends cache rows, not the prompt's logits: those come from computing it here.
+        is_remote = request.prefill_address and not request.sampling.HasField("prompt_logprobs")
+        source = Source.REMOTE if is_remote else Source.LOCAL
     return SequenceSpec(
         request_id=request.request_id,
         attempt=request.attempt,
@@ -51,23 +63,60 @@ def read_sequence(
         num_prompt_tokens=request.prompt_tokens or len(request.token_ids),
         max_tokens=request.max_tokens,
         stop_token_ids=frozenset(request.stop_token_ids),
-        sampling=read_sampling(request.sampling),
+        sampling=read_sampling(request.sampling, config),
         source=source,
         first_wanted_row=request.first_wanted_row,
     )
 
 
-def read_sampling(message: common_pb2.SamplingParams) -> Sampling:
+def read_sampling(message: common_pb2.SamplingParams, config: ModelConfig) -> Sampling:
     """How to choose tokens.
 
     Raises:
-        InvalidRequest: temperature or top_p is out of range.
+        InvalidRequest: naming the number that is out of range.
     """
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    if not (0 <= message.temperature < float("inf") and 0 < top_p <= 1):
-        message_text = f"temperature {message.temperature} must be finite and >= 0, top_p {top_p} in (0, 1]"
-        raise InvalidRequest(message_text, field="sampling")
-    return Sampling(temperature=message.temperature, top_p=top_p, top_k=message.top_k, seed=message.seed)
+    check_sampling(message, vocab_tokens=config.vocab_size)
+    has_repetition = message.HasField("repetition_penalty")
+    return Sampling(
+        temperature=message.temperature,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        seed=message.seed,
+        repetition_penalty=message.repetition_penalty if has_repetition else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def read_grammar(message: common_pb2.SamplingParams) -> Grammar | None:
+    """What the text must be; None = anything."""
+    kind = message.WhichOneof("structure")
+    return None if kind is None else Grammar(kind, getattr(message, kind))
+
+
+def write_event(event: NewToken | PromptLogprobs) -> attention_pb2.SequenceEvent:
+    """The message of an event."""
+    if isinstance(event, PromptLogprobs):
+        return attention_pb2.SequenceEvent(prompt_logprobs=map(_write_logprobs, event.rows))
+    return attention_pb2.SequenceEvent(
+        token_ids=[event.token_id],
+        finish_reason=FINISH_TO_PROTO[event.finish],
+        num_cached_tokens=event.num_cached_tokens,
+        logprobs=[] if event.logprobs is None else [_write_logprobs(event.logprobs)],
+    )
+
+
+def _write_logprobs(logprobs: TokenLogprobs) -> common_pb2.TokenLogprobs:
+    return common_pb2.TokenLogprobs(
+        logprob=logprobs.logprob,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
 
 
 def read_score(

@@ -14,11 +14,12 @@ from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import Speculation
 from workers.attention.handover import HandoverView, hand_over, wanted_rows
+from workers.attention.logprobs import tell_prompt
 from workers.attention.moe import Experts
-from workers.attention.sampler import sample_tokens
+from workers.attention.sampler import Turn, sample_tokens
 from workers.attention.scheduler import StepLimits, split_step
 from workers.attention.speculation import accept_drafts
-from workers.attention.types import Phase, SequenceState, Source
+from workers.attention.types import ChosenToken, Phase, SequenceState, Source
 
 Running = Sequence[tuple[SequenceState, int]]
 """(sequence, tokens to compute, >= 1) of one step."""
@@ -62,7 +63,7 @@ class StepRunner:
     speculation: Speculation | None = None
     """Drafts tokens; None = nothing does."""
 
-    def run(self, running: Running) -> list[tuple[SequenceState, tuple[int, ...]]]:
+    def run(self, running: Running) -> list[tuple[SequenceState, tuple[ChosenToken, ...]]]:
         """Computes one step; the sequences that got new tokens, with them, in the order of `running`.
 
         Raises:
@@ -79,11 +80,11 @@ class StepRunner:
         for _, view in micro_batches:
             if isinstance(view, HandoverView):
                 view.tell_up_to(self.transformer.config.num_hidden_layers)
-        new_ids = self._choose(step, hidden_TD)
-        ready = [(rows.sequence, ids) for rows, ids in zip(step, new_ids, strict=True) if ids]
-        self._advance_all(step, new_ids, hidden_TD)
+        new_tokens = self._choose(step, hidden_TD)
+        ready = [(rows.sequence, tokens) for rows, tokens in zip(step, new_tokens, strict=True) if tokens]
+        self._advance_all(step, new_tokens, hidden_TD)
         ended_s = time.perf_counter()
-        self._learn(step, new_ids, num_drafts, seconds=ended_s - drafting_s)
+        self._learn(step, new_tokens, num_drafts, seconds=ended_s - drafting_s)
         self.metrics.histogram("step_seconds").observe(ended_s - began_s)
         self.metrics.histogram("step_tokens").observe(hidden_TD.shape[0])
         return ready
@@ -140,7 +141,7 @@ class StepRunner:
         ]
         return batch, HandoverView(view, partial(hand_over, self.cache, handed)) if handed else view
 
-    def _choose(self, step: Sequence[_Rows], hidden_TD: torch.Tensor) -> list[tuple[int, ...]]:
+    def _choose(self, step: Sequence[_Rows], hidden_TD: torch.Tensor) -> list[tuple[ChosenToken, ...]]:
         """The new tokens of each sequence, none where there is more to compute."""
         ends = accumulate(rows.num_rows for rows in step)
         ready = [(end, rows) for end, rows in zip(ends, step, strict=True) if rows.is_ready]
@@ -148,26 +149,35 @@ class StepRunner:
             return [()] * len(step)
         # The row of draft j is chosen as if all drafts before it stood; it is read only if they did.
         chosen = [
-            (end - 1 - num_left, rows.sequence, len(rows.draft_ids) - num_left)
+            (end - 1 - num_left, rows, len(rows.draft_ids) - num_left)
             for end, rows in ready
             for num_left in reversed(range(1 + len(rows.draft_ids)))
         ]
         last_rows = torch.tensor([row for row, _, _ in chosen], device=hidden_TD.device)
-        token_ids = iter(
+        tokens = iter(
             sample_tokens(
                 self.transformer.logits(hidden_TD[last_rows]),
-                [sequence.spec.sampling for _, sequence, _ in chosen],
-                positions=[sequence.sampling_position + ahead for _, sequence, ahead in chosen],
+                [
+                    Turn(rows.sequence.spec, rows.sequence.token_ids, rows.draft_ids[:num_ahead])
+                    for _, rows, num_ahead in chosen
+                ],
             )
         )
-        return [_accepted(rows, token_ids) if rows.is_ready else () for rows in step]
+        return [_accepted(rows, tokens) if rows.is_ready else () for rows in step]
 
     def _advance_all(
-        self, step: Sequence[_Rows], new_ids: Sequence[tuple[int, ...]], hidden_TD: torch.Tensor
+        self, step: Sequence[_Rows], new_tokens: Sequence[tuple[ChosenToken, ...]], hidden_TD: torch.Tensor
     ) -> None:
         begin_row = 0
-        for rows, ids in zip(step, new_ids, strict=True):
-            num_kept = rows.num_tokens + max(len(ids) - 1, 0)
+        for rows, tokens in zip(step, new_tokens, strict=True):
+            num_kept = rows.num_tokens + max(len(tokens) - 1, 0)
+            if rows.sequence.spec.needs_prompt_rows:
+                tell_prompt(
+                    rows.sequence,
+                    hidden_TD[begin_row : begin_row + rows.num_tokens],
+                    begin=rows.sequence.num_cached_tokens,
+                    logits_of=self.transformer.logits,
+                )
             if self.speculation is not None and rows.sequence.spec.source is not Source.PREFILL_ONLY:
                 self.speculation.drafter.keep(
                     rows.sequence,
@@ -192,7 +202,7 @@ class StepRunner:
     def _learn(
         self,
         step: Sequence[_Rows],
-        new_ids: Sequence[tuple[int, ...]],
+        new_tokens: Sequence[tuple[ChosenToken, ...]],
         num_drafts: int,
         *,
         seconds: float,
@@ -200,20 +210,22 @@ class StepRunner:
         """Counts drafts, and tells the policy of a step in which all sequences decoded alike."""
         if self.speculation is None:
             return
-        for rows, ids in zip(step, new_ids, strict=True):
+        for rows, tokens in zip(step, new_tokens, strict=True):
             for position in range(len(rows.draft_ids)):
-                outcome = "accepted" if position < len(ids) - 1 else "rejected"
+                outcome = "accepted" if position < len(tokens) - 1 else "rejected"
                 self.metrics.counter("drafts_total", position=str(position + 1), outcome=outcome).inc()
         if all(r.sequence.phase is Phase.DECODE and len(r.draft_ids) == num_drafts for r in step):
-            accepted = [len(ids) - 1 for ids in new_ids]
+            accepted = [len(tokens) - 1 for tokens in new_tokens]
             self.speculation.policy.on_step(len(step), num_drafts, seconds=seconds, accepted=accepted)
 
 
-def _accepted(rows: _Rows, token_ids: Iterator[int]) -> tuple[int, ...]:
+def _accepted(rows: _Rows, tokens: Iterator[ChosenToken]) -> tuple[ChosenToken, ...]:
     spec = rows.sequence.spec
-    return accept_drafts(
+    chosen = [next(tokens) for _ in range(1 + len(rows.draft_ids))]
+    new_ids = accept_drafts(
         rows.draft_ids,
-        [next(token_ids) for _ in range(1 + len(rows.draft_ids))],
+        [token.token_id for token in chosen],
         stop_token_ids=spec.stop_token_ids,
         max_tokens=spec.max_tokens - rows.sequence.num_new_tokens,
     )
+    return tuple(chosen[: len(new_ids)])

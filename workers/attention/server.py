@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -34,13 +34,14 @@ from wire.rpc import (
 from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
 from workers.attention.drain import Door
+from workers.attention.grammar import GrammarCompiler
 from workers.attention.kv_receive import KvReceiver
 from workers.attention.kv_send import KvSender
 from workers.attention.moe import RemoteExperts
 from workers.attention.relay import EventRelay
 from workers.attention.reports import Reports
-from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
-from workers.attention.types import Admitted, Event, Failed, NewToken, SequenceSpec, Source
+from workers.attention.requests import read_grammar, read_score, read_sequence, write_event
+from workers.attention.types import Admitted, Event, Failed, NewToken, PromptLogprobs, SequenceSpec, Source
 from workers.checkpoint import open_checkpoint
 from workers.config import DispatchConfig
 from workers.packing import make_packing
@@ -77,6 +78,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self._config = checkpoint.config
         self._settings = settings
         self.metrics = Metrics("attention")
+        self._grammars = GrammarCompiler(
+            checkpoint_dir,
+            vocab_tokens=self._config.vocab_size,
+            eos_token_id=self._config.eos_token_id,
+            metrics=self.metrics,
+        )
         page_tokens = settings.engine.kv.page_tokens
         self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
         self._transport = make_transport(settings.dispatch.transport, self._handshake, self.metrics)
@@ -183,14 +190,13 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         """Streams the new tokens of one sequence."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         spec = read_sequence(request, self._config, is_prefill_only=False)
+        if (grammar := read_grammar(request.sampling)) is not None:
+            matcher = await asyncio.to_thread(self._grammars.compile, grammar)
+            spec = replace(spec, matcher=matcher)
         async with contextlib.AsyncExitStack() as stack:
             async for event in self._run(spec, request, stack):
-                if isinstance(event, NewToken):
-                    yield attention_pb2.SequenceEvent(
-                        token_ids=[event.token_id],
-                        finish_reason=FINISH_TO_PROTO[event.finish],
-                        num_cached_tokens=event.num_cached_tokens,
-                    )
+                if isinstance(event, NewToken | PromptLogprobs):
+                    yield write_event(event)
 
     @unary_errors
     async def _prefill(self, request: attention_pb2.SequenceRequest, context: Context) -> None:

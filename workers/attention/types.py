@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from wire.errors import MorayError
 from wire.frames import Array
+from workers.attention.grammar import GrammarMatcher
 from workers.attention.hidden_rows import HiddenRows
 
 Key = tuple[str, int]
@@ -51,7 +52,32 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 = all."""
+    min_p: float = 0.0
+    """Least share of the most probable token's probability; 0 = all."""
     seed: int = 0
+    repetition_penalty: float = 1.0
+    """1 = none."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
+    min_tokens: int = 0
+    """New tokens before which none may end the sequence."""
+    logprobs: int | None = None
+    """Most probable tokens to tell of beside each new one; None = tell nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt."""
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether any of it changes logits before a token is chosen."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+            or self.min_tokens > 0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +97,34 @@ class SequenceSpec:
     source: Source
     first_wanted_row: int = 0
     """PREFILL_ONLY: the other worker has the rows before this one."""
+    matcher: GrammarMatcher | None = field(default=None, compare=False)
+    """Says which tokens may follow; None = all. Belongs to the engine thread."""
 
     @property
     def key(self) -> Key:
         """Identity in a worker."""
         return (self.request_id, self.attempt)
+
+    @property
+    def needs_prompt_rows(self) -> bool:
+        """Whether every row of the prompt must be computed here, though cache rows of it are at hand."""
+        return self.sampling.prompt_logprobs is not None
+
+    @property
+    def takes_first_token(self) -> bool:
+        """Whether the first new token is the prefill worker's; else its row is computed here once more."""
+        return self.source is Source.REMOTE and self.sampling.logprobs is None and self.matcher is None
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether anything changes logits before a token is chosen."""
+        return self.matcher is not None or self.sampling.is_adjusted
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each token is the largest logit, and that is all there is to tell."""
+        sampling = self.sampling
+        return sampling.temperature == 0.0 and sampling.logprobs is None and not self.is_adjusted
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -104,6 +153,32 @@ class CacheRows:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, by the model's own logits."""
+
+    logprob: float
+    """Of the token that stands there."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, log-probability) of the most probable ones, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenToken:
+    """What comes out of one row of logits."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    """None = not asked for."""
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of the next tokens of the prompt; the first are of token 1."""
+
+    rows: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class NewToken:
     """One more token; `finish` is set on the last."""
 
@@ -111,6 +186,7 @@ class NewToken:
     finish: Finish | None
     num_cached_tokens: int = 0
     """With the first token: leading tokens of the prompt that were taken from pages of earlier requests."""
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +196,7 @@ class Failed:
     error: MorayError
 
 
-Event = Admitted | CacheRows | NewToken | Failed
+Event = Admitted | CacheRows | PromptLogprobs | NewToken | Failed
 Sink = Callable[[Event], None]
 """Called by the engine thread; must not block."""
 
@@ -143,6 +219,8 @@ class SequenceState:
     """Leading pages that others may share."""
     num_reused_tokens: int = 0
     """Tokens whose cache rows were taken from others."""
+    num_prompt_logprobs: int = 0
+    """Tokens of the prompt whose log-probabilities were told."""
     hidden_rows: HiddenRows = field(default_factory=HiddenRows)
     """What the MTP layer has not run over yet; empty where nothing is drafted."""
 
@@ -155,8 +233,3 @@ class SequenceState:
     def num_pending_tokens(self) -> int:
         """Tokens whose cache rows are still to be computed."""
         return len(self.token_ids) - self.num_cached_tokens
-
-    @property
-    def sampling_position(self) -> int:
-        """Index of the next token behind the client's own prompt."""
-        return len(self.token_ids) - self.spec.num_prompt_tokens

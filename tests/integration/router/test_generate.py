@@ -232,3 +232,41 @@ def test_list_models_and_get_cluster(kit):
             assert await lab.stub.GetCluster(inference_pb2.GetClusterRequest()) == lab.controller.snapshot
 
     kit.run(main())
+
+
+def test_outputs_of_one_request_are_requests_of_their_own(kit):
+    async def main():
+        async with kit.open_lab() as lab:
+            sampling = common_pb2.SamplingParams(temperature=1.0, seed=5)
+            responses = [response async for response in lab.call(max_tokens=4, n=3, sampling=sampling)]
+            for output_idx in range(3):
+                own = [response for response in responses if response.output_idx == output_idx]
+                assert [token for response in own for token in response.token_ids] == kit.expected(
+                    (5, 6, 7), 4
+                )
+                assert [response.first_idx for response in own] == [0, 1, 2, 3, 4]
+                assert own[-1].finish_reason == common_pb2.FINISH_REASON_LENGTH
+                assert own[-1].usage == inference_pb2.Usage(prompt_tokens=3, completion_tokens=4)
+            requests = lab["d0"].requests
+            assert sorted(request.sampling.seed for request in requests)[0] == 5
+            assert len({request.sampling.seed for request in requests}) == 3
+            assert len({request.request_id for request in requests}) == 3
+            assert lab.metric("requests_total", code="OK") == 1
+
+    kit.run(main())
+
+
+def test_cancelling_ends_every_output(kit):
+    async def main():
+        worker = kit.worker("d0", control_pb2.ROLE_BOTH, script=kit.hang_after(1))
+        async with kit.open_lab(worker) as lab:
+            call = lab.call(max_tokens=4, n=3)
+            for _ in range(3):
+                await call.read()
+            call.cancel()
+            await lab.idle()
+            assert len(worker.requests) == 3
+            worker.release.set()
+            assert lab.service.ledger.loads == {}
+
+    kit.run(main())

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from router.config import RouterConfig
 from router.front.service import RouterService
-from wire.errors import ConfigError, NotReady, from_rpc
+from wire.errors import ConfigError, InvalidRequest, NotReady, from_rpc
 from wire.proto import attention_pb2, common_pb2, control_pb2
 
 INFERENCE = "moray.v1.Inference"
@@ -278,6 +278,45 @@ def test_character_that_stays_unfinished_shows_in_the_last_message(kit, tmp_path
             assert [response.text for response in responses] == ["h", "\ufffd"]
             assert responses[-1].finish_reason == common_pb2.FINISH_REASON_LENGTH
             assert responses[-1].usage.completion_tokens == 2
+
+    kit.run(main())
+
+
+@pytest.mark.parametrize("request_id", ["", "mine"])
+def test_stop_string_ends_the_answer_and_the_workers_call(kit, tmp_path, request_id):
+    """The worker says "ab#", then "#", then hangs with more to say: the router does not wait for it."""
+    tokenizer = _byte_tokenizer(tmp_path)
+
+    async def says_and_hangs(worker, request, context):
+        for text in ("a", "b", "#", "#c"):
+            ids = [tokenizer.token_to_id(char) for char in text]
+            await context.write(attention_pb2.SequenceEvent(token_ids=ids))
+        await worker.release.wait()
+
+    async def main():
+        worker = kit.worker("d0", control_pb2.ROLE_BOTH, script=says_and_hangs)
+        async with kit.open_lab(worker, path=str(tmp_path)) as lab:
+            call = lab.call(max_tokens=20, stop=["##"], request_id=request_id)
+            responses = [response async for response in call]
+            assert "".join(response.text for response in responses) == "ab"
+            assert sum(len(response.token_ids) for response in responses) == 4
+            assert responses[-1].finish_reason == common_pb2.FINISH_REASON_STOP
+            assert responses[-1].usage.completion_tokens == 4
+            await worker.is_cancelled.wait()
+            await lab.idle()
+            assert lab.metric("requests_total", code="OK") == 1
+            assert lab.metric("generated_tokens_total") == 4
+
+    kit.run(main())
+
+
+def test_stop_string_without_a_tokenizer_is_refused_by_name(kit):
+    async def main():
+        async with kit.open_lab() as lab:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await lab.tokens(lab.call(max_tokens=2, stop=["x"]))
+            error = from_rpc(caught.value)
+            assert (type(error), error.field) == (InvalidRequest, "stop")
 
     kit.run(main())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
-from mixed_requests import MixedRequest, answers_alone, differences, make_mixed, with_stops
+from mixed_requests import MixedRequest, answers_alone, differences, make_mixed, message_of, with_stops
 
 from model.checkpoint import Checkpoint
 from tests.integration.workers.lab import Cluster, open_cluster, run_test
@@ -72,12 +72,7 @@ async def ask(cluster: Cluster, request: MixedRequest) -> list[int]:
         at=next(name for name in cluster.attention if not name.startswith("prefill")),
         max_tokens=request.max_tokens,
         stop_token_ids=sorted(request.stop_token_ids),
-        sampling={
-            "temperature": request.sampling.temperature,
-            "top_p": request.sampling.top_p,
-            "top_k": request.sampling.top_k,
-            "seed": request.sampling.seed,
-        },
+        sampling=message_of(request.sampling),
     )
     tokens: list[int] = []
     while (event := await call.read()) is not grpc.aio.EOF:

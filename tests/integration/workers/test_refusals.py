@@ -142,7 +142,7 @@ def test_prefill_worker_of_another_model_is_told_to_the_client() -> None:
         ({"prompt": [320]}, InvalidRequest, "tokens"),
         ({"prompt": [5], "max_tokens": 0}, InvalidRequest, "max_tokens"),
         ({"prompt": [5] * 500, "max_tokens": 13}, PromptTooLong, "max_tokens"),
-        ({"prompt": [5], "sampling": {"top_p": 2.0}}, InvalidRequest, "sampling"),
+        ({"prompt": [5], "sampling": {"top_p": 2.0}}, InvalidRequest, "sampling.top_p"),
         ({"prompt": [5], "prompt_tokens": 2}, InvalidRequest, "prompt_tokens"),
         ({"prompt": [5] * 90, "max_tokens": 8}, PromptTooLong, "max_tokens"),
     ],

@@ -105,7 +105,21 @@ def different_sets(got_TU: torch.Tensor, wanted_TU: torch.Tensor) -> torch.Tenso
 
 
 @pytest.mark.parametrize("num_experts", [1, 3])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 12}], ids=["greedy", "seed"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1.0, "seed": 12},
+        {
+            "temperature": 0.75,
+            "min_p": 0.0625,
+            "repetition_penalty": 1.25,
+            "frequency_penalty": 0.5,
+            "seed": 12,
+        },
+    ],
+    ids=["greedy", "seed", "penalties"],
+)
 def test_eight_mixed_prompts_at_once_equal_one_process(num_experts: int, sampling: dict[str, float]) -> None:
     prompts = mixed_prompts()
     expected = one_process("sparse", prompts, 12, Sampling(**sampling))

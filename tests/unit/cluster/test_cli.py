@@ -132,6 +132,11 @@ def test_router_refuses_a_wrong_config(moray: Moray, tmp_path: Path) -> None:
         (["up", "--decode", "many"], "--decode"),
         (["generate", "x", "--top-k", "-1"], "--top-k"),
         (["generate", "x", "--max-tokens", "4294967296"], "--max-tokens"),
+        (["generate", "x", "--logit-bias", "5"], "--logit-bias"),
+        (["generate", "x", "--json-schema", "/no/such/file"], "--json-schema"),
+        (["generate", "x", "--regex", "a", "--grammar", "g"], "--grammar"),
+        (["generate", "x", "--logit-bias", "-1=2"], "--logit-bias"),
+        (["generate", "x", "--logit-bias", "1=much"], "--logit-bias"),
         (["generate", "x", "--seed", "18446744073709551616"], "--seed"),
         (["logits", "--model", "m", "--tokens", "t", "--out", "o", "--topology", "ring"], "--topology"),
         (

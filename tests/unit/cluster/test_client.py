@@ -12,6 +12,7 @@ import pytest
 from cluster.client import GenerateOptions, InferenceClient, make_request, shut_down
 from wire.errors import DeadlinePassed, InvalidRequest, MorayError, NotReady, WorkerLost
 from wire.proto import inference_pb2, inference_pb2_grpc
+from wire.proto.common_pb2 import SamplingParams
 from wire.rpc import abort_with
 
 OPTIONS = GenerateOptions()
@@ -64,6 +65,25 @@ def test_text_and_options_are_in_the_request() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.0, 0.5, 3, 9)
 
 
+def test_every_sampling_parameter_is_in_the_request() -> None:
+    numbers = {"min_p": 0.5, "repetition_penalty": 1.5, "presence_penalty": 0.25, "frequency_penalty": -0.5}
+    options = GenerateOptions(
+        **numbers, min_tokens=3, logit_bias={7: -2.5}, stop_token_ids=(8, 9), stop=("END",)
+    )
+    request = make_request("Hello", options)
+    assert request.sampling == SamplingParams(**numbers, min_tokens=3, logit_bias={7: -2.5})
+    assert make_request("Hello", GenerateOptions(logprobs=0)).sampling.HasField("logprobs")
+    assert make_request("Hello", GenerateOptions(prompt_logprobs=3)).sampling.prompt_logprobs == 3
+    assert (list(request.stop_token_ids), list(request.stop)) == ([8, 9], ["END"])
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "grammar"])
+def test_structure_is_in_the_request(kind: str) -> None:
+    request = make_request("Hello", GenerateOptions(**{kind: "x"}))
+    assert request.sampling == SamplingParams(**{kind: "x"})
+    assert make_request("Hello", OPTIONS).sampling.WhichOneof("structure") is None
+
+
 def test_token_ids_are_in_the_request() -> None:
     request = make_request([3, 1, 4], OPTIONS)
     assert request.WhichOneof("prompt") == "tokens"
@@ -72,8 +92,11 @@ def test_token_ids_are_in_the_request() -> None:
 
 def test_what_is_not_given_is_left_to_the_router() -> None:
     request = make_request("x", OPTIONS)
-    given = [request.HasField("max_tokens"), *map(request.sampling.HasField, ("top_p", "seed"))]
-    assert given == [False] * 3
+    given = [
+        request.HasField("max_tokens"),
+        *map(request.sampling.HasField, ("top_p", "seed", "repetition_penalty")),
+    ]
+    assert given == [False] * 4
 
 
 def test_zero_max_tokens_travels_to_the_router() -> None:

@@ -8,8 +8,11 @@ from prometheus_client import generate_latest
 from wire.metrics import METRICS, Kind, Metrics
 
 ROLES = ("router", "attention", "expert", "controller")
-LABELS = ("code", "role", "state", "phase", "direction", "reason", "result", "rank", "worker")
-"""A worker is one of the expert workers: as many as the cluster has."""
+LABELS = (
+    *("code", "role", "state", "phase", "direction", "reason", "result", "rank", "worker"),
+    *("position", "outcome"),
+)
+"""A worker is one of the expert workers: as many as the cluster has; positions are those of max_drafts."""
 UNITLESS_GAUGES = (
     *("members", "requests", "pages", "version", "slots", "watchers", "workers"),
     *("ratio", "share", "score", "on"),

@@ -51,3 +51,12 @@ def test_tokens_and_waits_are_observed():
     assert value(metrics, "generated_tokens_total") == 3
     assert value(metrics, "first_token_seconds_count") == 1
     assert value(metrics, "token_gap_seconds_count") == 1
+
+
+def test_outputs_of_one_request_have_first_tokens_and_gaps_of_their_own():
+    metrics = Metrics("router")
+    with RequestMeter(metrics, FakeContext()) as meter:
+        for output_idx in (0, 1, 1, 2):
+            meter.count(GenerateResponse(token_ids=[7], output_idx=output_idx))
+    assert value(metrics, "first_token_seconds_count") == 3
+    assert value(metrics, "token_gap_seconds_count") == 1

@@ -70,6 +70,16 @@ REFUSED = [
     (sampled(top_p=0.0), InvalidRequest, "sampling.top_p", "(0, 1]"),
     (sampled(top_p=1.5), InvalidRequest, "sampling.top_p", "1.5"),
     (sampled(top_p=float("nan")), InvalidRequest, "sampling.top_p", "nan"),
+    (sampled(min_tokens=17), InvalidRequest, "sampling.min_tokens", "at most max_tokens, 16; got 17"),
+    (sampled(logit_bias={VOCAB: 1.0}), InvalidRequest, "sampling.logit_bias", "[0, 300)"),
+    (request(stop_token_ids=[VOCAB]), InvalidRequest, "stop_token_ids", "[0, 300); got 300"),
+    (request(stop=["a"] * 17), InvalidRequest, "stop", "at most 16 strings; got 17"),
+    (request(stop=["a", ""]), InvalidRequest, "stop", "got 0 characters"),
+    (request(stop=["a" * 257]), InvalidRequest, "stop", "got 257 characters"),
+    (request(n=0), InvalidRequest, "n", "1 to 64 outputs; got 0"),
+    (request(n=65), InvalidRequest, "n", "got 65"),
+    (request(n=2, request_id="r", resume_from=1), InvalidRequest, "resume_from", "one output"),
+    (request(stop_token_ids=range(257)), InvalidRequest, "stop_token_ids", "at most 256 ids; got 257"),
 ]
 
 
@@ -96,22 +106,46 @@ def test_long_values_are_cut_in_messages():
 
 def test_defaults_of_a_bare_request():
     got = admit(request())
-    assert (got.temperature, got.top_p, got.top_k) == (0.0, 1.0, 0)
+    assert got.sampling == SamplingParams(seed=got.sampling.seed)
+    assert got.sampling.HasField("seed")
     assert (got.max_tokens, got.stop_token_ids, got.model) == (16, (1,), "f00d")
     assert got.prompt_ids == (5, 6, 7)
     assert len(got.request_id) == 24
 
 
 def test_everything_that_is_given_is_kept():
-    sampling = SamplingParams(temperature=0.5, top_p=0.25, top_k=4, seed=2**64 - 1)
-    got = admit(request(max_tokens=3, ignore_eos=True, request_id="my/req:1", model="toy", sampling=sampling))
-    assert (got.temperature, got.top_p, got.top_k, got.seed) == (0.5, 0.25, 4, 2**64 - 1)
+    sampling = SamplingParams(
+        temperature=0.5, top_p=0.25, top_k=4, seed=2**64 - 1, min_tokens=3, logit_bias={4: 1.0}
+    )
+    got = admit(
+        request(
+            max_tokens=3,
+            ignore_eos=True,
+            request_id="my/req:1",
+            model="toy",
+            sampling=sampling,
+            stop=["a", "b"],
+        )
+    )
+    assert got.sampling == sampling
     assert (got.max_tokens, got.stop_token_ids, got.request_id) == (3, (), "my/req:1")
+    assert got.stop == ("a", "b")
+
+
+def test_own_stop_tokens_follow_the_end_token_and_count_without_it():
+    assert admit(request(stop_token_ids=[9, 1, 9])).stop_token_ids == (1, 9)
+    assert admit(request(stop_token_ids=[9], ignore_eos=True)).stop_token_ids == (9,)
+
+
+def test_seed_that_is_drawn_does_not_change_the_clients_message():
+    given_request = request()
+    admit(given_request)
+    assert given_request == request()
 
 
 def test_seed_that_is_not_given_comes_from_the_id_or_is_drawn():
     seeds = [
-        plan_admission(request(request_id=name), (5,), rules=RULES, rng=random.Random(draw)).seed
+        plan_admission(request(request_id=name), (5,), rules=RULES, rng=random.Random(draw)).sampling.seed
         for name, draw in (("a", 0), ("a", 1), ("b", 0), ("", 0), ("", 1))
     ]
     assert seeds[0] == seeds[1]
@@ -161,6 +195,6 @@ def test_any_request_is_admitted_within_limits_or_refused_by_field(
     assert got.max_tokens >= 1
     assert len(got.prompt_ids) + got.max_tokens <= CONTEXT
     assert max(got.prompt_ids) < VOCAB
-    assert 0 <= got.temperature < float("inf")
-    assert 0 < got.top_p <= 1
-    assert 0 <= got.seed < 2**64
+    assert 0 <= got.sampling.temperature < float("inf")
+    assert 0 < got.sampling.top_p <= 1 or not got.sampling.HasField("top_p")
+    assert got.sampling.HasField("seed")

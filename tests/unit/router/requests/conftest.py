@@ -6,6 +6,7 @@ import pytest
 
 from router.requests.members import ClusterView, ModelFacts, Worker
 from router.requests.types import AdmittedRequest
+from wire.proto.common_pb2 import SamplingParams
 
 MODEL = ModelFacts(
     name="toy",
@@ -44,10 +45,8 @@ def request(**changes: object) -> AdmittedRequest:
         "prompt_ids": (5, 6, 7),
         "max_tokens": 10,
         "stop_token_ids": (1,),
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 3,
-        "seed": 11,
+        "stop": (),
+        "sampling": SamplingParams(temperature=0.5, top_p=0.9, top_k=3, seed=11),
     }
     return AdmittedRequest(**{**values, **changes})  # type: ignore[arg-type]  # built from a table
 

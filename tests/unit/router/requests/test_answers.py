@@ -164,3 +164,15 @@ class ShelfMachine(RuleBasedStateMachine):
 
 
 TestShelfMachine = ShelfMachine.TestCase
+
+
+def test_split_batch_keeps_log_probabilities_beside_their_tokens():
+    one, two = (common_pb2.TokenLogprobs(logprob=-value) for value in (1, 2))
+    finish = common_pb2.FINISH_REASON_LENGTH
+    batch = TokenBatch(
+        first_idx=0, token_ids=(8, 9), finish_reason=finish, logprobs=(one, two), prompt_logprobs=(two, one)
+    )
+    assert [piece.logprobs for piece in batch.split()] == [(one,), (two,), ()]
+    assert [piece.prompt_logprobs for piece in batch.split()] == [(two, one), (), ()]
+    waiting = TokenBatch(first_idx=0, token_ids=(), finish_reason=0, prompt_logprobs=(one,))
+    assert waiting.split() == (waiting,)

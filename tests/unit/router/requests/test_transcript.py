@@ -66,3 +66,42 @@ def test_ending_is_known_from_the_tokens_alone(make, ids, stop, reason):
     assert (ending.finish_reason if ending else None) == reason
     if ending:
         assert (ending.first_idx, ending.token_ids) == (len(ids), ())
+
+
+def logprobs(*values):
+    return [common_pb2.TokenLogprobs(logprob=value) for value in values]
+
+
+def test_log_probabilities_of_tokens_stay_beside_them(make):
+    transcript = Transcript(make.request())
+    batch = transcript.accept(attention_pb2.SequenceEvent(token_ids=[20, 21], logprobs=logprobs(-1, -2)))
+    assert list(batch.logprobs) == logprobs(-1, -2)
+
+
+def test_log_probabilities_of_the_prompt_are_told_once_however_often_it_is_tried(make):
+    """Attempts of 3, 1 and 4 values: the client gets 3, nothing, and the fourth."""
+    transcript = Transcript(make.request())
+    got = []
+    for attempt, values in enumerate(((-1, -2, -3), (-1,), (-1, -2, -3, -4))):
+        transcript.plan_sequence(attempt=attempt, prefill_address="")
+        batches = [
+            transcript.accept(attention_pb2.SequenceEvent(prompt_logprobs=logprobs(value)))
+            for value in values
+        ]
+        got.append([list(batch.prompt_logprobs) for batch in batches])
+        assert [batch.is_empty for batch in batches] == [not batch.prompt_logprobs for batch in batches]
+    assert got == [
+        [logprobs(-1), logprobs(-2), logprobs(-3)],
+        [[]],
+        [[], [], [], logprobs(-4)],
+    ]
+
+
+def test_replay_after_the_first_token_asks_for_the_prompts_no_more(make):
+    sampling = common_pb2.SamplingParams(seed=11, prompt_logprobs=2)
+    transcript = Transcript(make.request(sampling=sampling))
+    assert transcript.plan_sequence(attempt=0, prefill_address="").sampling == sampling
+    transcript.accept(event(20))
+    again = transcript.plan_sequence(attempt=1, prefill_address="").sampling
+    assert again == common_pb2.SamplingParams(seed=11)
+    assert sampling.HasField("prompt_logprobs")

@@ -16,7 +16,11 @@ from workers.attention.scoring import ScoreSpec
 from workers.attention.speculation import DraftPolicy, DraftRules
 from workers.attention.types import Finish, Sampling, SequenceState
 
-SAMPLINGS = [Sampling(), Sampling(temperature=1.0, top_p=0.95, seed=11)]
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=1.0, top_p=0.95, seed=11),
+    Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.7, min_p=0.01, logprobs=2),
+]
 Texts = dict[tuple[int, ...], list[int]]
 """Prompt -> the text that follows it."""
 
@@ -89,7 +93,7 @@ def test_greedy_text_with_drafts_is_that_of_the_goldens(max_step_tokens: int, ma
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed", "penalties"])
 @pytest.mark.parametrize(
     "group",
     [{}, {"max_step_tokens": 9}, {"micro_batches": 2}, {"num_pages": 24, "page_tokens": 4}],

@@ -78,8 +78,12 @@ def test_other_seeds_and_positions_give_other_text() -> None:
 @pytest.mark.parametrize("num_before", [1, 5, 9])
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(temperature=1.2, top_p=0.95, top_k=40, seed=2**63)],
-    ids=["greedy", "seed"],
+    [
+        Sampling(),
+        Sampling(temperature=1.2, top_p=0.95, top_k=40, seed=2**63),
+        Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.5),
+    ],
+    ids=["greedy", "seed", "penalties"],
 )
 def test_replay_goes_on_where_the_text_stopped(num_before: int, sampling: Sampling) -> None:
     """Attempt 1 gets the prompt and the first tokens as its prompt; positions count behind the client's."""
@@ -104,6 +108,16 @@ def test_stop_token_ends_the_text_and_is_told() -> None:
         listener = lab.submit(make_spec(golden.prompt, max_tokens=16, stop_token_ids=frozenset({stop, 319})))
         assert listener.tokens() == greedy[: greedy.index(stop) + 1]
         assert listener.finish() is Finish.STOP
+
+
+def test_end_token_waits_for_min_tokens() -> None:
+    """The stop token would be sixth; masked for eight tokens, another text follows and may end later."""
+    golden = goldens("default")[2]
+    stop = frozenset({golden.tensor("greedy").tolist()[5]})
+    with open_engine("default") as lab:
+        tokens = lab.run(golden.prompt, max_tokens=12, stop_token_ids=stop, sampling=Sampling(min_tokens=8))
+        assert len(tokens) >= 8
+        assert not stop & set(tokens[:8])
 
 
 def test_first_token_may_be_the_last() -> None:

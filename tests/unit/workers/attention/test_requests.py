@@ -8,8 +8,9 @@ from model.config import ModelConfig, load_config
 from tests.reference_data import checkpoint_dir
 from wire.errors import InvalidRequest, PromptTooLong
 from wire.proto import attention_pb2, common_pb2
-from workers.attention.requests import FINISH_TO_PROTO, read_score, read_sequence
-from workers.attention.types import Finish, Sampling, Source
+from workers.attention.grammar import Grammar
+from workers.attention.requests import FINISH_TO_PROTO, read_grammar, read_score, read_sequence, write_event
+from workers.attention.types import Finish, NewToken, PromptLogprobs, Sampling, Source, TokenLogprobs
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +25,19 @@ def request(**fields: Any) -> attention_pb2.SequenceRequest:
 
 
 def test_every_field_is_read(config: ModelConfig) -> None:
-    sampling = common_pb2.SamplingParams(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
+    numbers = {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "seed": 2**64 - 1, "min_p": 0.125}
+    numbers |= {
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.75,
+        "min_tokens": 2,
+    }
+    sampling = common_pb2.SamplingParams(**numbers, logit_bias={9: -1.0, 5: 2.5})
     given = request(prompt_tokens=1, sampling=sampling, stop_token_ids=[1, 9], prefill_address="127.0.0.1:5")
     spec = read_sequence(given, config, is_prefill_only=False)
     assert (spec.key, spec.token_ids, spec.num_prompt_tokens) == (("r", 3), (5, 6), 1)
     assert (spec.max_tokens, spec.stop_token_ids) == (4, frozenset({1, 9}))
-    assert spec.sampling == Sampling(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
+    assert spec.sampling == Sampling(**numbers, logit_bias=((5, 2.5), (9, -1.0)))
     assert spec.num_reserved_tokens == 5
 
 
@@ -54,6 +62,52 @@ def test_source_follows_from_call_and_address(
     assert spec.source is source
 
 
+@pytest.mark.parametrize(
+    ("sampling", "source", "takes_first_token", "needs_prompt_rows"),
+    [
+        ({}, Source.REMOTE, True, False),
+        ({"logprobs": 0}, Source.REMOTE, False, False),
+        ({"prompt_logprobs": 0}, Source.LOCAL, False, True),
+    ],
+    ids=str,
+)
+def test_log_probabilities_say_what_is_computed_here(
+    config: ModelConfig,
+    sampling: dict[str, int],
+    source: Source,
+    takes_first_token: bool,
+    needs_prompt_rows: bool,
+) -> None:
+    given = request(prefill_address="h:1", sampling=sampling)
+    spec = read_sequence(given, config, is_prefill_only=False)
+    assert (spec.source, spec.takes_first_token, spec.needs_prompt_rows) == (
+        source,
+        takes_first_token,
+        needs_prompt_rows,
+    )
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "grammar"])
+def test_structure_is_read_with_its_field(kind: str) -> None:
+    assert read_grammar(common_pb2.SamplingParams(**{kind: "{}"})) == Grammar(kind, "{}")
+    assert read_grammar(common_pb2.SamplingParams()) is None
+
+
+def test_log_probabilities_are_in_the_events_message() -> None:
+    logprobs = TokenLogprobs(-0.5, ((7, -0.25), (3, -0.5)))
+    written = common_pb2.TokenLogprobs(logprob=-0.5, top_token_ids=[7, 3], top_logprobs=[-0.25, -0.5])
+    new_token = write_event(NewToken(3, Finish.STOP, 2, logprobs))
+    assert new_token == attention_pb2.SequenceEvent(
+        token_ids=[3],
+        finish_reason=common_pb2.FINISH_REASON_STOP,
+        num_cached_tokens=2,
+        logprobs=[written],
+    )
+    assert write_event(NewToken(3, None)) == attention_pb2.SequenceEvent(token_ids=[3])
+    of_prompt = write_event(PromptLogprobs((logprobs, logprobs)))
+    assert of_prompt == attention_pb2.SequenceEvent(prompt_logprobs=[written, written])
+
+
 def test_prefill_needs_rows_of_the_prompt_only(config: ModelConfig) -> None:
     assert read_sequence(request(), config, is_prefill_only=True).num_reserved_tokens == 2
 
@@ -64,12 +118,8 @@ def test_prefill_needs_rows_of_the_prompt_only(config: ModelConfig) -> None:
         ({"token_ids": []}, "tokens", "wanted at least one, got none"),
         ({"token_ids": [5, 320, 999]}, "tokens", "320 is outside the vocabulary of 320"),
         ({"max_tokens": 0}, "max_tokens", "wanted at least 1, got 0"),
-        ({"sampling": {"temperature": -0.1}}, "sampling", "temperature -0.1"),
-        ({"sampling": {"temperature": float("inf")}}, "sampling", "temperature inf"),
-        ({"sampling": {"temperature": float("nan")}}, "sampling", "temperature nan"),
-        ({"sampling": {"top_p": 0.0}}, "sampling", "top_p 0.0"),
-        ({"sampling": {"top_p": 1.5}}, "sampling", "top_p 1.5"),
-        ({"sampling": {"top_p": float("nan")}}, "sampling", "top_p nan"),
+        ({"sampling": {"temperature": -0.1}}, "sampling.temperature", "got -0.1"),
+        ({"sampling": {"logit_bias": {320: 1.0}}}, "sampling.logit_bias", "got 320"),
         ({"prompt_tokens": 3}, "prompt_tokens", "wanted at most the 2 tokens given, got 3"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention.sampler import sample_token, sample_tokens
+from tests.unit.workers.attention.harness import make_spec
+from workers.attention.sampler import Turn, sample_token, sample_tokens
 from workers.attention.types import Sampling
 
 GREEDY = Sampling()
@@ -19,6 +20,7 @@ SAMPLINGS = st.builds(
     temperature=st.floats(0.05, 5),
     top_p=st.floats(0.01, 1),
     top_k=st.integers(0, 14),
+    min_p=st.floats(0, 1),
     seed=st.integers(0, 2**64 - 1),
 )
 
@@ -26,8 +28,14 @@ SAMPLINGS = st.builds(
 def _kept(logits: list[float], sampling: Sampling) -> set[int]:
     """The plain reference: walk down the sorted probabilities until top_p is reached."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+
+    def weight_of(i: int) -> float:
+        return math.exp((logits[i] - logits[order[0]]) / sampling.temperature)
+
+    # A whisker of slack: the sampler compares logarithms.
+    order = [i for i in order if weight_of(i) >= sampling.min_p * (1 - 1e-9)]
     order = order[: sampling.top_k or len(order)]
-    weights = [math.exp((logits[i] - logits[order[0]]) / sampling.temperature) for i in order]
+    weights = [weight_of(i) for i in order]
     kept, reached = set(), 0.0
     for i, weight in zip(order, weights, strict=True):
         # A whisker of slack: the reference adds in another order.
@@ -50,7 +58,7 @@ def test_dropped_token_is_never_picked(logits: list[float], sampling: Sampling, 
 
 
 @given(logits=LOGITS, seed=st.integers(0, 2**64 - 1), position=st.integers(0, 1000))
-@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-9}], ids=str)
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0, "top_k": 1}], ids=str)
 def test_keeping_one_token_is_greedy(
     logits: list[float], seed: int, position: int, fields: dict[str, float]
 ) -> None:
@@ -111,6 +119,22 @@ def test_top_p_renormalises_what_it_keeps() -> None:
     assert counts[0] / 3000 == pytest.approx(0.625, abs=0.046)
 
 
+def test_min_p_is_a_share_of_the_most_probable_token() -> None:
+    """Probabilities 0.5, 0.3, 0.12, 0.08 and min_p 0.2: what is under 0.1 is dropped, the rest drawn from."""
+    logits_V = torch.tensor([0.5, 0.3, 0.12, 0.08]).log()
+    sampling = Sampling(temperature=1.0, min_p=0.2, seed=3)
+    counts = Counter(sample_token(logits_V, sampling, position=i) for i in range(3000))
+    assert counts[3] == 0
+    assert counts[0] / 3000 == pytest.approx(0.5 / 0.92, abs=0.046)
+
+
+def test_min_p_counts_after_the_temperature() -> None:
+    """At temperature 2 the probabilities' roots count: 0.08 / 0.5 becomes 0.4, above the share of 0.2."""
+    logits_V = torch.tensor([0.5, 0.3, 0.12, 0.08]).log()
+    sampling = Sampling(temperature=2.0, min_p=0.2, seed=3)
+    assert {sample_token(logits_V, sampling, position=i) for i in range(200)} == {0, 1, 2, 3}
+
+
 def test_top_p_that_is_reached_exactly_needs_no_further_token() -> None:
     """Two halves and top_p 0.5: the first half is the smallest set that reaches it."""
     sampling = Sampling(temperature=1.0, top_p=0.5, seed=3)
@@ -157,6 +181,7 @@ INF = float("inf")
         Sampling(temperature=1e-45, seed=1),
         Sampling(temperature=1e30, seed=1),
         Sampling(temperature=1.0, top_p=0.5, top_k=2, seed=1),
+        Sampling(temperature=1.0, min_p=0.5, seed=1),
     ],
     ids=str,
 )
@@ -187,5 +212,9 @@ def test_tokens_of_a_batch_are_those_of_each_request_alone() -> None:
         sample_token(logits_V, sampling, position=position)
         for logits_V, sampling, position in zip(logits_BV, samplings, positions, strict=True)
     ]
-    assert sample_tokens(logits_BV, samplings, positions=positions) == alone
+    turns = [
+        Turn(make_spec([5, 6], sampling=sampling), [5, 6, *[7] * position])
+        for sampling, position in zip(samplings, positions, strict=True)
+    ]
+    assert [chosen.token_id for chosen in sample_tokens(logits_BV, turns)] == alone
     assert len(set(alone)) > 1
