@@ -233,3 +233,33 @@ def test_cancel_while_waiting_for_a_lost_worker_ends_the_request(kit):
             assert lab.service.ledger.loads == {}
 
     kit.run(main())
+
+
+@pytest.mark.parametrize("request_id", ["", "mine"])
+@pytest.mark.parametrize("num_told", [0, 1, 2])
+def test_log_probabilities_are_told_once_when_the_worker_dies_on_the_way(kit, num_told, request_id):
+    """The first worker tells of some tokens of the prompt and breaks; the second tells of all again."""
+    told = [common_pb2.TokenLogprobs(logprob=-value) for value in (1.0, 2.0)]
+
+    async def breaks(worker, request, context):
+        for one in told[:num_told]:
+            await context.write(attention_pb2.SequenceEvent(prompt_logprobs=[one]))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    async def tells_all(worker, request, context):
+        await context.write(attention_pb2.SequenceEvent(prompt_logprobs=told))
+        end = common_pb2.FINISH_REASON_LENGTH
+        event = attention_pb2.SequenceEvent(token_ids=[8, 9], logprobs=told[::-1], finish_reason=end)
+        await context.write(event)
+
+    async def main():
+        async with kit.open_lab(both(kit, "d0", breaks), both(kit, "d1", tells_all)) as lab:
+            sampling = common_pb2.SamplingParams(logprobs=0, prompt_logprobs=0)
+            call = lab.call(PROMPT, max_tokens=2, sampling=sampling, request_id=request_id)
+            responses = [response async for response in call]
+            of_prompt = [one for response in responses for one in response.prompt_logprobs]
+            assert of_prompt == [common_pb2.TokenLogprobs(), *told]
+            assert [one for response in responses for one in response.logprobs] == told[::-1]
+            assert [token_id for response in responses for token_id in response.token_ids] == [8, 9]
+
+    kit.run(main())
