@@ -22,6 +22,7 @@ PAGES = {"num_pages": 8192, "max_step_tokens": 96}
 ROLES: dict[str, dict[str, Any]] = {
     "apart": {"prefill": PAGES, "decode": PAGES},
     "apart-no-reuse": {"prefill": PAGES, "decode": PAGES, "kv": {"page_tokens": 4, "prefix_reuse": False}},
+    "apart-drafts": {"prefill": PAGES, "decode": PAGES, "mtp": {"max_drafts": 3}},
     "both": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "both": PAGES | {"replicas": 2}},
 }
 

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from wire.proto import (
 )
 from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD, SCORE_METHOD, SERVER_OPTIONS
 from workers.attention.build import EngineConfig
+from workers.attention.drafter import Speculation
 from workers.attention.server import AttentionServer, AttentionSettings
-from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, KvConfig
+from workers.attention.speculation import DraftPolicy, DraftRules
+from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, KvConfig, MtpConfig
 from workers.expert.server import ExpertServer, ExpertSettings
 
 TEST_S = 60
@@ -43,6 +45,17 @@ ROLES = {
     "decode": control_pb2.ROLE_DECODE,
     "both": control_pb2.ROLE_BOTH,
 }
+
+
+class AlwaysDrafts(DraftPolicy):
+    """As many drafts as there may be, in every step."""
+
+    def plan_drafts(self, num_sequences: int) -> int:
+        return self.max_drafts
+
+
+def _always_draft(speculation: Speculation) -> Speculation:
+    return replace(speculation, policy=AlwaysDrafts(DraftRules(max_drafts=speculation.policy.max_drafts)))
 
 
 class FakeController(control_pb2_grpc.ControlServicer):
@@ -145,13 +158,17 @@ class Cluster:
         page_tokens: int = PAGE_TOKENS,
         prefix_reuse: bool = True,
         lease_s: float = 4.0,
+        num_drafts: int = 0,
         **group: Any,
     ) -> Worker:
+        """An attention worker; with `num_drafts` it drafts so many tokens in every step."""
         values = {"num_pages": 256, "max_step_tokens": 32, **group}
         engine = EngineConfig(
             group=AttentionConfig(**values),
             compute=self.compute,
             kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, lease_s=lease_s),
+            mtp=MtpConfig(max_drafts=num_drafts),
+            change_speculation=_always_draft,
         )
         settings = AttentionSettings(
             engine=engine,

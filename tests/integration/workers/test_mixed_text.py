@@ -34,7 +34,19 @@ ARRANGEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "both-few-pages": {"both-0": {"num_pages": FEW_PAGES}},
     "both-few-pages-no-reuse": {"both-0": {"num_pages": FEW_PAGES, "prefix_reuse": False}},
 }
-SHAPES = ("sparse", "mtp")
+DRAFTING: dict[str, dict[str, dict[str, Any]]] = {
+    "apart-drafts": {"prefill-0": {}, "decode-0": {"num_drafts": 3}},
+    "both-drafts": {"both-0": {"num_drafts": 3}},
+    "both-drafts-few-pages": {"both-0": {"num_drafts": 2, "num_pages": FEW_PAGES}},
+    "both-drafts-small-steps-no-reuse": {
+        "both-0": {"num_drafts": 4, "max_step_tokens": 6, "prefix_reuse": False}
+    },
+}
+"""For a model with an MTP layer."""
+CASES = [
+    *((shape, name) for shape in ("sparse", "mtp") for name in ARRANGEMENTS),
+    *(("mtp", name) for name in DRAFTING),
+]
 
 
 @functools.cache
@@ -52,17 +64,27 @@ def case(shape: str) -> tuple[list[MixedRequest], list[list[int]]]:
         engine.stop()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_mixed_requests_at_once_get_what_each_gets_alone(arrangement: str, shape: str) -> None:
+@pytest.mark.parametrize(("shape", "arrangement"), CASES)
+def test_mixed_requests_at_once_get_what_each_gets_alone(shape: str, arrangement: str) -> None:
     requests, alone = case(shape)
+    workers = (ARRANGEMENTS | DRAFTING)[arrangement]
 
     async def main() -> None:
-        async with open_cluster(shape, attention=ARRANGEMENTS[arrangement]) as cluster:
+        async with open_cluster(shape, attention=workers) as cluster:
             answers = await asyncio.gather(*(ask(cluster, request) for request in requests))
             assert differences(requests, answers, alone) == []
+            assert (num_drafted(cluster) > 0) == (arrangement in DRAFTING)
 
     run_test(main())
+
+
+def num_drafted(cluster: Cluster) -> float:
+    """Tokens drafted by all workers."""
+    return sum(
+        cluster.metric(name, "drafts_total", position="1", outcome=outcome)
+        for name in cluster.attention
+        for outcome in ("accepted", "rejected")
+    )
 
 
 async def ask(cluster: Cluster, request: MixedRequest) -> list[int]:
