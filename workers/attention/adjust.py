@@ -22,6 +22,9 @@ def adjust_logits(logits_V: Tensor, spec: SequenceSpec, token_ids: Sequence[int]
     Returns:
         (V,) float64.
 
+    Raises:
+        GrammarTooComplex: what may follow is not known.
+
     Source: vLLM, vllm/v1/sample/sampler.py (the order), vllm/model_executor/layers/utils.py (penalties).
     """
     sampling = spec.sampling

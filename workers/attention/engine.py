@@ -218,6 +218,11 @@ class Engine:
 
     def _append(self, sequence: SequenceState, token: ChosenToken) -> None:
         """One more token; ends the sequence when it is the last."""
+        if token.problem and sequence.spec.matcher is not None:
+            field = sequence.spec.matcher.field
+            message = f"{field}: wanted one that can be followed within the limits; got {token.problem}"
+            self._fail([(sequence, 0)], InvalidRequest(message, field=field))
+            return
         sequence.token_ids.append(token.token_id)
         sequence.phase = Phase.DECODE
         finish = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
@@ -39,11 +39,19 @@ class Grammar:
     text: str
 
 
+class GrammarTooComplex(Exception):
+    """Internal to a step: what may follow could not be found within the limits."""
+
+
 class GrammarMatcher:
     """One output's place in a grammar; used by one thread."""
 
-    def __init__(self, matcher: LLMatcher, *, vocab_tokens: int) -> None:
-        self._matcher = matcher
+    def __init__(self, beginning: LLMatcher, *, field: str, vocab_tokens: int) -> None:
+        self.field = field
+        """Of the request: where the grammar came from."""
+        self._beginning = beginning
+        """Never moved: shared by all who use the grammar."""
+        self._matcher = beginning.deep_copy()
         self._vocab_tokens = vocab_tokens
         self._consumed: list[int] = []
         """Tokens that the matcher has taken; only a memory of the last call."""
@@ -57,6 +65,9 @@ class GrammarMatcher:
         Returns:
             (V,) bool; the end token alone where the text is complete and nothing may follow; None where the
             output does not follow the grammar, which only drafts can bring about.
+
+        Raises:
+            GrammarTooComplex: at this place of the grammar.
         """
         num_common = len(self._consumed)
         if list(output_ids[:num_common]) != self._consumed:
@@ -68,6 +79,11 @@ class GrammarMatcher:
         if num_taken < len(rest) and not self._matcher.is_stopped():
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():
+            problem = self._matcher.get_error()
+            # A matcher that failed is of no use any more, and the next output may be another.
+            self._matcher, self._consumed = self._beginning.deep_copy(), []
+            raise GrammarTooComplex(problem.strip())
         mask_V = np.unpackbits(bits, bitorder="little")[: self._vocab_tokens]
         return torch.from_numpy(mask_V.astype(np.bool_))
 
@@ -83,6 +99,7 @@ class GrammarCompiler:
         eos_token_id: int,
         metrics: Metrics,
         max_kept: int = 64,
+        limits: LLParserLimits | None = None,
     ) -> None:
         """Reads nothing yet: the tokenizer is read with the first grammar."""
         self._path = checkpoint_dir / "tokenizer.json"
@@ -90,6 +107,7 @@ class GrammarCompiler:
         self._eos_token_id = eos_token_id
         self._metrics = metrics
         self._max_kept = max_kept
+        self._limits = limits or LLParserLimits(verbose_errors=False)
         self._lock = threading.Lock()
         """Guards what follows; one grammar is compiled at a time."""
         self._tokenizer: LLTokenizer | None = None
@@ -110,7 +128,7 @@ class GrammarCompiler:
             self._kept.move_to_end(grammar)
             while len(self._kept) > self._max_kept:
                 self._kept.popitem(last=False)
-            return GrammarMatcher(matcher.deep_copy(), vocab_tokens=self._vocab_tokens)
+            return GrammarMatcher(matcher, field=f"sampling.{grammar.kind}", vocab_tokens=self._vocab_tokens)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         field = f"sampling.{grammar.kind}"
@@ -124,7 +142,7 @@ class GrammarCompiler:
                 eos_token=self._eos_token_id,
             )
         try:
-            matcher = LLMatcher(self._tokenizer, _rules(grammar), log_level=0)
+            matcher = LLMatcher(self._tokenizer, _rules(grammar), log_level=0, limits=self._limits)
             # The first mask is the dear one, and tells what is too complex: it is made here, not in a step.
             matcher.compute_bitmask()
             problem = matcher.get_error()

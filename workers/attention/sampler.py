@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.attention.adjust import adjust_logits
+from workers.attention.grammar import GrammarTooComplex
 from workers.attention.logprobs import compute_logprobs
 from workers.attention.types import ChosenToken, Sampling, SequenceSpec
 
@@ -56,7 +57,11 @@ def choose_token(logits_V: Tensor, turn: Turn) -> ChosenToken:
     sampling = turn.spec.sampling
     adjusted_V = logits_V
     if turn.spec.is_adjusted:
-        adjusted_V = adjust_logits(logits_V, turn.spec, (*turn.token_ids, *turn.drafted))
+        try:
+            adjusted_V = adjust_logits(logits_V, turn.spec, (*turn.token_ids, *turn.drafted))
+        except GrammarTooComplex as error:
+            # Told with the token, not raised: the step belongs to others, too, and a draft may not stand.
+            return ChosenToken(0, problem=str(error))
     token_id = sample_token(adjusted_V, sampling, position=turn.position)
     if sampling.logprobs is None:
         return ChosenToken(token_id)

@@ -169,6 +169,8 @@ class ChosenToken:
     token_id: int
     logprobs: TokenLogprobs | None = None
     """None = not asked for."""
+    problem: str = ""
+    """Why there is no token; "" = there is one."""
 
 
 @dataclass(frozen=True)

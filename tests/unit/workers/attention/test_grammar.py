@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
 from model.byte_tokenizer import FIRST_BYTE_ID, make_tokenizer
@@ -22,7 +23,7 @@ from wire.metrics import Metrics
 from workers.attention.adjust import adjust_logits
 from workers.attention.grammar import Grammar, GrammarCompiler, GrammarMatcher
 from workers.attention.sampler import Turn, choose_token
-from workers.attention.types import Sampling
+from workers.attention.types import NewToken, Sampling
 
 NANO = Path(__file__).parents[4] / "assets" / "nano"
 VOCAB = 320
@@ -262,3 +263,25 @@ def test_replay_goes_on_in_the_grammar_where_the_text_stopped(
 
         whole = run(prompt, 0)
         assert whole[:num_before] + run([*prompt, *whole[:num_before]], 1) == whole
+
+
+@pytest.mark.parametrize("is_drafting", [False, True], ids=["plain", "drafts"])
+def test_grammar_that_grows_too_complex_fails_its_own_request_alone(
+    tmp_path: Path, is_drafting: bool
+) -> None:
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    compiler = make_compiler(tmp_path, limits=LLParserLimits(step_max_items=40, verbose_errors=False))
+    growing = Grammar(
+        "grammar", "start: part start start | part\npart: A | B | C\nA: /a/\nB: /ab?/\nC: /ac?/"
+    )
+    matcher = compiler.compile(growing)
+    prompt = mixed_prompts()[4]
+    with open_drafting() if is_drafting else open_engine("mtp") as lab:
+        wanted = lab.run(prompt, max_tokens=30)
+        failing = lab.submit(make_spec(prompt, request_id="f", max_tokens=30, matcher=matcher))
+        other = lab.submit(make_spec(prompt, request_id="o", max_tokens=30))
+        error = failing.error()
+        assert (type(error), error.field) == (InvalidRequest, "sampling.grammar")
+        assert "Too many items" in error.message
+        assert any(isinstance(event, NewToken) for event in failing.events)
+        assert other.tokens() == wanted
