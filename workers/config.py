@@ -43,7 +43,9 @@ class AttentionConfig(WorkerGroupConfig):
     max_batch_requests: int = Field(64, ge=1)
     """Requests decoded together in one step."""
     max_step_tokens: int = Field(512, ge=1)
-    """Tokens of one step, decode rows and prompt chunks together."""
+    """Tokens of one step, decode rows and prompt chunks together; fewer where they look back at many."""
+    context_cost_tokens: int = Field(65536, ge=1)
+    """Context behind which a prompt token counts as two of a step: the indexer scores all of it."""
     micro_batches: int = Field(1, ge=1, le=2)
     """Parts of a step that take turns: one computes attention while the experts of the other are under way.
     2 pays where expert workers have machines of their own; each part reads its experts' weights."""

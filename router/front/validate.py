@@ -15,6 +15,8 @@ from wire.proto import common_pb2, inference_pb2
 from wire.sampling import check_sampling
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+_TENANT = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+_MAX_PRIORITY = 100
 _MAX_SHOWN_CHARS = 80
 _MAX_STOP_TOKENS = 256
 _MAX_STOPS = 16
@@ -53,6 +55,7 @@ def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> 
         raise _invalid("resume_from", "a request_id beside it", "none")
     if request.resume_from and request.n > 1:
         raise _invalid("resume_from", "one output: only that can be resumed", f"n = {request.n}")
+    _check_share(request)
     _check_prompt(request)
     if request.HasField("max_tokens") and request.max_tokens == 0:
         raise _invalid("max_tokens", "at least 1", "0; leave it unset for the default")
@@ -105,6 +108,8 @@ def plan_admission(
         stop_token_ids=tuple(dict.fromkeys((*end_ids, *request.stop_token_ids))),
         stop=tuple(request.stop),
         sampling=sampling,
+        priority=request.priority,
+        tenant=request.tenant,
     )
 
 
@@ -116,6 +121,14 @@ def _plan_seed(request: inference_pb2.GenerateRequest, rng: random.Random) -> in
         digest = hashlib.blake2b(request.request_id.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
     return rng.getrandbits(64)
+
+
+def _check_share(request: inference_pb2.GenerateRequest) -> None:
+    if abs(request.priority) > _MAX_PRIORITY:
+        raise _invalid("priority", f"-{_MAX_PRIORITY} to {_MAX_PRIORITY}", str(request.priority))
+    if request.tenant and not _TENANT.fullmatch(request.tenant):
+        wanted = "up to 64 characters of A-Z a-z 0-9 . _ : / -"
+        raise _invalid("tenant", wanted, f"{len(request.tenant)} characters, {_show(request.tenant)}")
 
 
 def _check_prompt(request: inference_pb2.GenerateRequest) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from router.requests.selection import Route
 from wire.errors import ERROR_KEY, DeadlinePassed, MorayError, WorkerLost, from_rpc
 from wire.handshake import Handshake
 from wire.proto import attention_pb2
+
+_MAX_DEADLINE_MS = (1 << 32) - 1
 
 _Call = grpc.aio.UnaryStreamCall[attention_pb2.SequenceRequest, attention_pb2.SequenceEvent]
 
@@ -87,6 +90,8 @@ def open_attempt(
     timeout_s = None if terms.end_s is None else terms.end_s - asyncio.get_running_loop().time()
     if timeout_s is not None and timeout_s <= 0:
         raise DeadlinePassed("the deadline passed before a worker could start")
+    if timeout_s is not None:
+        sequence.deadline_ms = min(math.ceil(timeout_s * 1000), _MAX_DEADLINE_MS)
     lease = ledger.open(route, prompt_tokens=len(sequence.token_ids), num_pages=terms.num_pages)
     try:
         call = links.stub(route.decode).Generate(

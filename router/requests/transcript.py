@@ -40,6 +40,8 @@ class Transcript:
             stop_token_ids=request.stop_token_ids,
             prefill_address=prefill_address,
             prompt_tokens=len(request.prompt_ids),
+            priority=request.priority,
+            tenant=request.tenant,
         )
 
     def accept(self, event: attention_pb2.SequenceEvent) -> TokenBatch:

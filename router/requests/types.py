@@ -26,6 +26,10 @@ class AdmittedRequest:
     """Strings that end the text."""
     sampling: common_pb2.SamplingParams
     """Checked, with its seed; never written again."""
+    priority: int = 0
+    """In [-100, 100]; higher goes first where requests wait."""
+    tenant: str = ""
+    """Tenants of one priority get the same share of a worker."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ class SequenceRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     FIRST_WANTED_ROW_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    DEADLINE_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     """Which try of this request, from 0; frames of an older attempt are refused."""
@@ -47,6 +50,12 @@ class SequenceRequest(_message.Message):
     """To a prefill worker: which pull of this attempt, from 0; a newer one ends an older one."""
     first_wanted_row: _builtins.int
     """To a prefill worker: the rows before this position are cached at the receiver and are not sent."""
+    priority: _builtins.int
+    """Higher goes first, of those that wait."""
+    tenant: _builtins.str
+    """Tenants of one priority get the same share of a worker."""
+    deadline_ms: _builtins.int
+    """Time that the client's deadline leaves; 0 = it has none."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -68,10 +77,13 @@ class SequenceRequest(_message.Message):
         prompt_tokens: _builtins.int = ...,
         transfer: _builtins.int = ...,
         first_wanted_row: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_wanted_row", b"first_wanted_row", "max_tokens", b"max_tokens", "prefill_address", b"prefill_address", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "first_wanted_row", b"first_wanted_row", "max_tokens", b"max_tokens", "prefill_address", b"prefill_address", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -121,7 +121,10 @@ def _engine(
         prefix=_prefix_cache(pages, config.kv, model, metrics=metrics),
         experts=experts,
         limits=StepLimits(
-            config.group.max_batch_requests, config.group.max_step_tokens, config.group.micro_batches
+            config.group.max_batch_requests,
+            config.group.max_step_tokens,
+            config.group.micro_batches,
+            config.group.context_cost_tokens,
         ),
         metrics=metrics,
         speculation=speculation,

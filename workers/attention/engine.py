@@ -5,10 +5,11 @@ in here is shared. An empty engine sleeps in `queue.get`.
 """
 
 import logging
+import math
 import queue
 import threading
-from collections import Counter
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -17,15 +18,25 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from wire.errors import FrameInvalid, InternalError, InvalidRequest, MorayError, Overloaded, PromptTooLong
+from wire.errors import (
+    DeadlinePassed,
+    FrameInvalid,
+    InternalError,
+    InvalidRequest,
+    MorayError,
+    Overloaded,
+)
 from wire.metrics import Metrics
+from workers.attention.accounts import Pace, TenantAccounts, token_cost
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import Speculation
+from workers.attention.gauges import EngineGauges
+from workers.attention.lobby import Lobby
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.prefix import PrefixCache
 from workers.attention.runner import StepRunner
-from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step
+from workers.attention.scheduler import Backlog, StepLimits, StepPlan, plan_step
 from workers.attention.scoring import ScoreSpec, score_prompt
 from workers.attention.types import (
     Admitted,
@@ -82,9 +93,12 @@ class Engine:
             metrics=parts.metrics,
             speculation=parts.speculation,
         )
+        self._gauges = EngineGauges(parts.metrics, pages=parts.pages, transformer=parts.transformer)
+        self._lobby = Lobby(pages=parts.pages, prefix=parts.prefix)
+        self._accounts = TenantAccounts()
+        self._pace = Pace()
         self._sequences: dict[Key, SequenceState] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._num_evictions_told = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -100,7 +114,8 @@ class Engine:
 
     def submit(self, spec: SequenceSpec, sink: Sink) -> None:
         """Takes a sequence; everything about it arrives at `sink`."""
-        self._commands.put(lambda: self._on_submit(spec, sink))
+        deadline_s = time.monotonic() + spec.deadline_ms / 1000 if spec.deadline_ms else math.inf
+        self._commands.put(lambda: self._on_submit(spec, sink, deadline_s))
 
     def cancel(self, spec: SequenceSpec) -> None:
         """Forgets a sequence and frees its pages; nothing when it is over or was refused.
@@ -154,31 +169,31 @@ class Engine:
     @torch.inference_mode()
     def _loop(self) -> None:
         self._transformer.start()
-        self._export()
+        self._gauges.show(self._sequences.values())
         while not self._is_stopping:
             self._reuse()
             plan = plan_step(
-                [self._candidate(sequence) for sequence in self._sequences.values()],
+                [self._lobby.candidate(sequence) for sequence in self._sequences.values()],
                 num_free_pages=self._pages.num_available,
+                now_s=time.monotonic(),
+                backlog=Backlog(self._accounts.served, self._pace.seconds_per_cost),
                 limits=self._limits,
             )
-            if not plan.admit and not plan.run:
+            self._refuse(plan)
+            self._admit(plan)
+            if plan.run:
+                self._run_guarded(plan)
+            elif not plan.admit and not plan.fail:
                 self._commands.get()()
-            else:
-                self._admit(plan)
-                if plan.run:
-                    self._run_guarded(plan)
             while not self._commands.empty():
                 self._commands.get()()
-            self._export()
+            self._gauges.show(self._sequences.values())
 
-    def _candidate(self, sequence: SequenceState) -> Candidate:
-        return Candidate(
-            key=sequence.spec.key,
-            phase=sequence.phase,
-            num_pending_tokens=sequence.num_pending_tokens,
-            num_pages=self._pages.pages_for(sequence.spec.num_reserved_tokens),
-        )
+    def _refuse(self, plan: StepPlan) -> None:
+        for key in plan.fail:
+            sequence = self._sequences[key]
+            message = f"{key} cannot have a token in the {sequence.spec.deadline_ms} ms that it has"
+            self._fail([(sequence, 0)], DeadlinePassed(message))
 
     def _admit(self, plan: StepPlan) -> None:
         for key in plan.admit:
@@ -201,8 +216,13 @@ class Engine:
 
     def _run_guarded(self, plan: StepPlan) -> None:
         running = [(self._sequences[key], num_tokens) for key, num_tokens in plan.run]
+        costs = [self._cost(sequence, num_tokens) for sequence, num_tokens in running]
+        began_s = time.monotonic()
         try:
             new_tokens = self._runner.run(running)
+            self._pace.observe(cost=sum(costs), seconds=time.monotonic() - began_s)
+            for (sequence, _), cost in zip(running, costs, strict=True):
+                self._accounts.charge(sequence.spec.tenant, cost)
             for sequence, _ in running:
                 self._prefix.publish(sequence)
             for sequence, tokens in new_tokens:
@@ -215,6 +235,13 @@ class Engine:
         except Exception as error:  # noqa: BLE001  the thread must live on; mapped, logged, told to the callers
             _log.exception("engine step failed")
             self._fail(running, InternalError(f"engine step: {type(error).__name__}: {error}"))
+
+    def _cost(self, sequence: SequenceState, num_tokens: int) -> float:
+        return token_cost(
+            num_tokens,
+            first_position=sequence.num_cached_tokens,
+            context_cost_tokens=self._limits.context_cost_tokens,
+        )
 
     def _append(self, sequence: SequenceState, token: ChosenToken) -> None:
         """One more token; ends the sequence when it is the last."""
@@ -237,7 +264,9 @@ class Engine:
 
     def _drop(self, key: Key) -> None:
         """Forgets a sequence; its pages are free afterwards."""
-        if self._sequences.pop(key, None) is not None:
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            self._accounts.leave(sequence.spec.tenant)
             self._pages.release(key)
             self._check_pages()
 
@@ -257,8 +286,8 @@ class Engine:
 
     # ---- commands, run on the engine thread ----
 
-    def _on_submit(self, spec: SequenceSpec, sink: Sink) -> None:
-        too_long = self._too_long(spec.num_reserved_tokens, field="max_tokens")
+    def _on_submit(self, spec: SequenceSpec, sink: Sink, deadline_s: float) -> None:
+        too_long = self._lobby.too_long(spec.num_reserved_tokens, field="max_tokens")
         if self._is_stopping:
             sink(Failed(Overloaded(_STOPPING)))
         elif spec.key in self._sequences:
@@ -266,15 +295,10 @@ class Engine:
         elif too_long is not None:
             sink(Failed(too_long))
         else:
-            self._sequences[spec.key] = SequenceState(spec, sink, token_ids=list(spec.token_ids))
-
-    def _too_long(self, num_tokens: int, *, field: str) -> PromptTooLong | None:
-        """The refusal of tokens that would not fit if every page were free."""
-        num_pages = self._pages.pages_for(num_tokens)
-        if num_pages <= self._pages.num_pages:
-            return None
-        message = f"needs {num_pages} KV pages of {self._pages.page_tokens} tokens, the worker has "
-        return PromptTooLong(f"{message}{self._pages.num_pages}; raise num_pages", field=field)
+            sequence = SequenceState(spec, sink, token_ids=list(spec.token_ids), deadline_s=deadline_s)
+            self._prefix.expect(sequence)
+            self._accounts.enter(spec.tenant)
+            self._sequences[spec.key] = sequence
 
     def _on_cancel(self, spec: SequenceSpec) -> None:
         sequence = self._sequences.get(spec.key)
@@ -319,24 +343,25 @@ class Engine:
         if not future.set_running_or_notify_cancel():
             return
         owner = ("score", id(future))
-        too_long = self._too_long(len(spec.token_ids), field="tokens")
-        if too_long is not None:
-            future.set_exception(too_long)
-            return
-        if not self._pages.can_reserve(len(spec.token_ids)):
-            num_pages = self._pages.num_available
-            future.set_exception(Overloaded(f"{num_pages} free pages do not hold the prompt; try later"))
-            return
-        pages = self._pages.reserve(owner, num_tokens=len(spec.token_ids))
         try:
-            tensors = score_prompt(
-                spec, transformer=self._transformer, cache=self._cache, pages=pages, experts=self._experts
-            )
-            future.set_result(tensors)
+            future.set_result(self._score(spec, owner))
         except Exception as error:  # noqa: BLE001  re-raised where the future is read
             future.set_exception(error)
         finally:
             self._pages.release(owner)
+
+    def _score(self, spec: ScoreSpec, owner: Hashable) -> dict[str, Tensor]:
+        num_tokens = len(spec.token_ids)
+        too_long = self._lobby.too_long(num_tokens, field="tokens")
+        if too_long is not None:
+            raise too_long
+        if not self._pages.can_reserve(num_tokens):
+            num_pages = self._pages.num_available
+            raise Overloaded(f"{num_pages} free pages do not hold the prompt; try later")
+        pages = self._pages.reserve(owner, num_tokens=num_tokens)
+        return score_prompt(
+            spec, transformer=self._transformer, cache=self._cache, pages=pages, experts=self._experts
+        )
 
     def _on_check(self, future: "Future[None]") -> None:
         if not future.set_running_or_notify_cancel():
@@ -356,22 +381,6 @@ class Engine:
         self._is_stopping = True
         open_sequences = [(sequence, 0) for sequence in self._sequences.values()]
         self._fail(open_sequences, Overloaded(_STOPPING))
-
-    def _export(self) -> None:
-        counts = Counter(sequence.phase for sequence in self._sequences.values())
-        for phase in Phase:
-            self._metrics.gauge("requests", state=phase.value).set(counts[phase])
-        self._metrics.gauge("pages", state="free").set(self._pages.num_free)
-        self._metrics.gauge("pages", state="cached").set(self._pages.num_cached)
-        self._metrics.gauge("pages", state="used").set(self._pages.num_pages - self._pages.num_available)
-        evictions = self._metrics.counter("prefix_evictions_total")
-        evictions.inc(self._pages.num_evictions - self._num_evictions_told)
-        self._num_evictions_told = self._pages.num_evictions
-        online_bias = self._transformer.online_bias
-        if online_bias is not None:
-            self._metrics.gauge("selection_bias_on").set(online_bias.is_on)
-            share = online_bias.num_changed / max(online_bias.num_choices, 1)
-            self._metrics.gauge("selection_bias_changed_share").set(share)
 
 
 def _resolve(future: "Future[None]") -> None:

@@ -29,11 +29,20 @@ class PrefixCache:
         self._count(sequence, self._pages.count_prefix(prefix))
         self._metrics.counter("prefix_lookup_tokens_total").inc(len(prefix) * self._rules.page_tokens)
 
+    def expect(self, sequence: SequenceState) -> None:
+        """Notes how many rows of a new sequence are there now."""
+        prefix = self._hashes(sequence)[: self._num_shareable(sequence)]
+        sequence.num_expected_tokens = self._pages.count_prefix(prefix) * self._rules.page_tokens
+
+    def next_page(self, sequence: SequenceState) -> bytes | None:
+        """Hash of the page that the next tokens of a prompt are in; None where nobody may take it over."""
+        page_idx = sequence.num_cached_tokens // self._rules.page_tokens
+        hashes = self._hashes(sequence)[: self._num_shareable(sequence)]
+        return hashes[page_idx] if page_idx < len(hashes) else None
+
     def adopt(self, sequence: SequenceState) -> None:
         """Takes over the next pages of a prompt where another sequence has computed them by now."""
-        page_idx, rest = divmod(sequence.num_cached_tokens, self._rules.page_tokens)
-        if rest:
-            return
+        page_idx = sequence.num_cached_tokens // self._rules.page_tokens
         first_idx = page_idx
         hashes = self._hashes(sequence)[: self._num_shareable(sequence)]
         key = sequence.spec.key

@@ -66,6 +66,9 @@ def read_sequence(
         sampling=read_sampling(request.sampling, config),
         source=source,
         first_wanted_row=request.first_wanted_row,
+        priority=request.priority,
+        tenant=request.tenant,
+        deadline_ms=request.deadline_ms,
     )
 
 

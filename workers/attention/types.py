@@ -1,6 +1,7 @@
 """The sequences that an attention worker holds, what it is asked for, and what it tells about them."""
 
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -99,6 +100,12 @@ class SequenceSpec:
     """PREFILL_ONLY: the other worker has the rows before this one."""
     matcher: GrammarMatcher | None = field(default=None, compare=False)
     """Says which tokens may follow; None = all. Belongs to the engine thread."""
+    priority: int = 0
+    """Higher goes first."""
+    tenant: str = ""
+    """Who pays: tenants of one priority get the same share of the worker."""
+    deadline_ms: int = 0
+    """Milliseconds that its client had left for it when it was sent; 0 = no deadline."""
 
     @property
     def key(self) -> Key:
@@ -210,6 +217,10 @@ class SequenceState:
     spec: SequenceSpec
     sink: Sink
     phase: Phase = Phase.WAITING
+    deadline_s: float = math.inf
+    """On the monotonic clock."""
+    num_expected_tokens: int = 0
+    """While WAITING: leading tokens that were cached when it came."""
     token_ids: list[int] = field(default_factory=list)
     """Every token so far, the new ones included."""
     num_cached_tokens: int = 0

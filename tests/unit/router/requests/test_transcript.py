@@ -38,6 +38,11 @@ def test_replay_asks_for_the_rest_after_what_is_there(make):
     assert list(sequence.stop_token_ids) == [1]
 
 
+def test_worker_is_told_priority_and_tenant(make):
+    sequence = Transcript(make.request(priority=-7, tenant="t")).plan_sequence(attempt=0, prefill_address="")
+    assert (sequence.priority, sequence.tenant) == (-7, "t")
+
+
 def test_cached_tokens_are_those_of_the_first_attempt(make):
     """A replay hits what the first attempt computed: that is no saving. Never more than the prompt's 3."""
     transcript = Transcript(make.request(max_tokens=4))

@@ -66,17 +66,20 @@ def test_next_turn_of_a_chat_takes_what_has_its_bits(shape: str, num_cached: int
         assert first_token(listener).num_cached_tokens == num_cached
 
 
-def test_requests_at_the_same_time_compute_a_prompt_once() -> None:
-    """Steps of one page: the second is always a page behind the first and takes it."""
-    with open_engine("default", max_step_tokens=4) as lab:
-        expected = lab.run(PROMPT[::-1])
+@pytest.mark.parametrize("max_step_tokens", [4, 7, 512])
+def test_requests_at_the_same_time_compute_a_prompt_once(max_step_tokens: int) -> None:
+    """42 tokens: ten full pages once, and two tokens for each."""
+    prompt = PROMPT[::-1] + PROMPT
+    with open_engine("default", max_step_tokens=max_step_tokens) as lab:
         lab.door.hold()
-        listeners = [lab.submit(make_spec(PROMPT[::-1] + PROMPT, request_id=str(i))) for i in range(3)]
-        before = computed(lab)
+        lab.submit(make_spec(PROMPT, request_id="other", max_tokens=1))
+        listeners = [lab.submit(make_spec(prompt, request_id=str(i))) for i in range(3)]
         lab.door.open()
         texts = [listener.tokens() for listener in listeners]
-        assert texts[0] == texts[1] == texts[2] != expected
-        assert computed(lab) - before == 22 + 2 * 2
+        lab.is_empty()
+        assert computed(lab) == 21 + 40 + 3 * 2
+    with open_engine("default", prefix_reuse=False) as lab:
+        assert texts == [lab.run(prompt)] * 3
 
 
 def test_running_sequences_share_their_pages() -> None:

@@ -33,12 +33,21 @@ def test_every_field_is_read(config: ModelConfig) -> None:
         "min_tokens": 2,
     }
     sampling = common_pb2.SamplingParams(**numbers, logit_bias={9: -1.0, 5: 2.5})
-    given = request(prompt_tokens=1, sampling=sampling, stop_token_ids=[1, 9], prefill_address="127.0.0.1:5")
+    given = request(
+        prompt_tokens=1,
+        sampling=sampling,
+        stop_token_ids=[1, 9],
+        prefill_address="127.0.0.1:5",
+        priority=-3,
+        tenant="t",
+        deadline_ms=1500,
+    )
     spec = read_sequence(given, config, is_prefill_only=False)
     assert (spec.key, spec.token_ids, spec.num_prompt_tokens) == (("r", 3), (5, 6), 1)
     assert (spec.max_tokens, spec.stop_token_ids) == (4, frozenset({1, 9}))
     assert spec.sampling == Sampling(**numbers, logit_bias=((5, 2.5), (9, -1.0)))
     assert spec.num_reserved_tokens == 5
+    assert (spec.priority, spec.tenant, spec.deadline_ms) == (-3, "t", 1500)
 
 
 def test_what_is_left_out_is_greedy_over_the_whole_prompt(config: ModelConfig) -> None:

@@ -1,23 +1,35 @@
 """The batch scheduler: budgets, order, admission, and that there is always a next step."""
 
+import math
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention.scheduler import Candidate, StepLimits, StepPlan, plan_step, split_step
+from workers.attention.scheduler import (
+    Backlog,
+    Candidate,
+    StepLimits,
+    StepPlan,
+    order_fairly,
+    plan_step,
+    split_step,
+)
 from workers.attention.types import Phase
 
 LIMITS = st.builds(StepLimits, st.integers(1, 5), st.integers(1, 12))
+TENANTS = "ab"
 
 
-def candidate(name: int, phase: Phase, *, pending: int = 1, pages: int = 1) -> Candidate:
-    return Candidate((str(name), 0), phase, num_pending_tokens=pending, num_pages=pages)
+def candidate(name: int, phase: Phase, *, pending: int = 1, pages: int = 1, **fields: Any) -> Candidate:
+    return Candidate(key=(str(name), 0), phase=phase, num_pending_tokens=pending, num_pages=pages, **fields)
 
 
 @st.composite
-def queues(draw: st.DrawFn) -> list[Candidate]:
+def queues(draw: st.DrawFn, tenants: str = TENANTS, priorities: int = 1) -> list[Candidate]:
     phases = draw(st.lists(st.sampled_from(Phase), max_size=12))
     return [
         candidate(
@@ -25,26 +37,32 @@ def queues(draw: st.DrawFn) -> list[Candidate]:
             phase,
             pending=1 if phase is Phase.DECODE else draw(st.integers(1, 20)),
             pages=draw(st.integers(1, 6)),
+            tenant=draw(st.sampled_from(tenants)),
+            priority=draw(st.integers(0, priorities)),
         )
         for i, phase in enumerate(phases)
     ]
 
 
-def _plan(queue: list[Candidate], limits: StepLimits, num_free_pages: int = 3) -> StepPlan:
-    return plan_step(queue, num_free_pages=num_free_pages, limits=limits)
+def _plan(queue: list[Candidate], limits: StepLimits, num_free_pages: int = 3, **served: float) -> StepPlan:
+    backlog = Backlog({**dict.fromkeys([*TENANTS, ""], 0.0), **served})
+    return plan_step(queue, num_free_pages=num_free_pages, now_s=0.0, backlog=backlog, limits=limits)
 
 
 def _of(queue: list[Candidate], phase: Phase) -> list[Candidate]:
     return [c for c in queue if c.phase is phase]
 
 
-def test_docstring_example() -> None:
+@pytest.mark.parametrize(("num_cached_tokens", "num_tokens"), [(0, 6), (65536, 3)])
+def test_docstring_example(num_cached_tokens: int, num_tokens: int) -> None:
     """8 tokens; two sequences decode, a third has 100 prompt tokens left: 1 + 1 + 6."""
     queue = [
-        candidate(0, Phase.DECODE), candidate(1, Phase.PREFILL, pending=100), candidate(2, Phase.DECODE),
-    ]  # fmt: skip
+        candidate(0, Phase.DECODE),
+        candidate(1, Phase.PREFILL, pending=100, num_cached_tokens=num_cached_tokens),
+        candidate(2, Phase.DECODE),
+    ]
     plan = _plan(queue, StepLimits(64, 8))
-    assert plan == StepPlan(admit=(), run=((("0", 0), 1), (("2", 0), 1), (("1", 0), 6)))
+    assert plan == StepPlan(run=((("0", 0), 1), (("2", 0), 1), (("1", 0), num_tokens)))
 
 
 @given(queue=queues(), limits=LIMITS)
@@ -58,7 +76,26 @@ def test_step_keeps_its_bounds(queue: list[Candidate], limits: StepLimits) -> No
     assert {by_key[key].phase for key in run} <= {Phase.PREFILL, Phase.DECODE}
 
 
-@given(queue=queues(), limits=LIMITS)
+@given(
+    firsts=st.lists(st.integers(0, 200), min_size=1, max_size=6),
+    max_step_tokens=st.integers(1, 40),
+    context_cost_tokens=st.integers(1, 100),
+)
+def test_chunks_cost_no_more_than_a_step_of_tokens_without_context(
+    firsts: list[int], max_step_tokens: int, context_cost_tokens: int
+) -> None:
+    """Up to the one token by which the last chunk may pass it; a step is never empty."""
+    queue = [
+        candidate(i, Phase.PREFILL, pending=50, num_cached_tokens=first) for i, first in enumerate(firsts)
+    ]
+    limits = StepLimits(8, max_step_tokens, context_cost_tokens=context_cost_tokens)
+    run = _plan(queue, limits).run
+    costs = [n * (1 + firsts[int(key[0])] / context_cost_tokens) for key, n in run]
+    last_token = 1 + firsts[int(run[-1][0][0])] / context_cost_tokens
+    assert sum(costs) < max_step_tokens + last_token
+
+
+@given(queue=queues(tenants="a", priorities=0), limits=LIMITS)
 def test_decoding_goes_first_and_the_oldest_before_the_younger(
     queue: list[Candidate], limits: StepLimits
 ) -> None:
@@ -67,24 +104,93 @@ def test_decoding_goes_first_and_the_oldest_before_the_younger(
     left = limits.max_step_tokens - num_decoding
     expected = [(c.key, 1) for c in decoding[:num_decoding]]
     for c in prefilling:
-        if left:
+        if left > 0:
             expected.append((c.key, min(left, c.num_pending_tokens)))
             left -= expected[-1][1]
     assert list(_plan(queue, limits).run) == expected
 
 
 @given(queue=queues(), limits=LIMITS, num_free_pages=st.integers(0, 12))
-def test_admission_is_first_come_first_served(
-    queue: list[Candidate], limits: StepLimits, num_free_pages: int
-) -> None:
-    """The admitted are the longest run of the oldest waiting that fits: nobody is overtaken."""
-    waiting = _of(queue, Phase.WAITING)
+def test_nobody_in_line_is_overtaken(queue: list[Candidate], limits: StepLimits, num_free_pages: int) -> None:
+    """The admitted are the longest run of the first in line that fits."""
+    waiting = order_fairly(_of(queue, Phase.WAITING), dict.fromkeys(TENANTS, 0.0))
     admit = _plan(queue, limits, num_free_pages).admit
     assert admit == tuple(c.key for c in waiting[: len(admit)])
     used = sum(c.num_pages for c in waiting[: len(admit)])
     assert used <= num_free_pages
     if len(admit) < len(waiting):
         assert used + waiting[len(admit)].num_pages > num_free_pages
+
+
+def test_order_of_the_docstring() -> None:
+    queue = [
+        candidate(i, Phase.WAITING, pending=tokens, tenant=tenant)
+        for i, (tenant, tokens) in enumerate([("a", 10), ("a", 10), ("b", 4), ("b", 4)])
+    ]
+    assert [c.tenant for c in order_fairly(queue, {"a": 0, "b": 0})] == ["a", "b", "b", "a"]
+
+
+@given(queue=queues(), served=st.dictionaries(st.sampled_from(TENANTS), st.integers(0, 50)))
+def test_order_is_by_priority_then_by_share_then_by_age(
+    queue: list[Candidate], served: dict[str, float]
+) -> None:
+    """Each next is of the highest priority left, of its least served tenant, and that one's oldest."""
+    served = {**dict.fromkeys(TENANTS, 0.0), **served}
+    left, priority, counted = list(queue), None, dict(served)
+    for c in order_fairly(queue, served):
+        if c.priority != priority:
+            priority, counted = c.priority, dict(served)
+        rivals = [other for other in left if other.priority == priority]
+        assert c.priority == max(other.priority for other in left)
+        assert counted[c.tenant] == min(counted[other.tenant] for other in rivals)
+        assert c == next(other for other in rivals if other.tenant == c.tenant)
+        left.remove(c)
+        counted[c.tenant] += c.num_pending_tokens
+    assert not left
+
+
+def test_tenants_get_equal_shares_whoever_asks_for_more() -> None:
+    """a has ten prompts, b one of the same length as all of them: after 40 steps both had half."""
+    queue = [candidate(i, Phase.PREFILL, pending=40, tenant="a") for i in range(10)]
+    queue.append(candidate(10, Phase.PREFILL, pending=400, tenant="b"))
+    served: Counter[str] = Counter(a=0, b=0)
+    for _ in range(40):
+        for key, num_tokens in _plan(queue, StepLimits(8, 10), **served).run:
+            c = queue[int(key[0])]
+            queue[int(key[0])] = replace(c, num_pending_tokens=c.num_pending_tokens - num_tokens)
+            served[c.tenant] += num_tokens
+        queue = [c if c.num_pending_tokens else replace(c, phase=Phase.RECEIVING) for c in queue]
+    assert served == {"a": 200, "b": 200}
+
+
+def test_same_page_is_computed_once_in_a_step() -> None:
+    """0 and 1 begin the same page, 2 another, 3 none that could be shared."""
+    pages = [b"x", b"x", b"y", None]
+    queue = [candidate(i, Phase.PREFILL, pending=3, next_page=page) for i, page in enumerate(pages)]
+    assert [key[0] for key, _ in _plan(queue, StepLimits(8, 64)).run] == ["0", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "seconds_per_cost", "phase", "fails"),
+    [
+        (10.0, 1.0, Phase.WAITING, True),
+        (10.1, 1.0, Phase.WAITING, False),
+        (10.0, 0.0, Phase.WAITING, False),
+        (0.0, 0.0, Phase.WAITING, True),
+        (0.0, 1.0, Phase.PREFILL, False),
+        (0.0, 1.0, Phase.DECODE, False),
+        (math.inf, 1.0, Phase.WAITING, False),
+    ],
+)
+def test_who_waits_in_vain_is_told_at_once(
+    deadline_s: float, seconds_per_cost: float, phase: Phase, fails: bool
+) -> None:
+    """A prompt of 10 tokens at 1 s each is there after 10 s at the earliest."""
+    queue = [candidate(0, phase, pending=10, deadline_s=deadline_s)]
+    backlog = Backlog({"": 0.0}, seconds_per_cost)
+    plan = plan_step(queue, num_free_pages=3, now_s=0.0, backlog=backlog, limits=StepLimits(8, 64))
+    assert plan.fail == ((("0", 0),) if fails else ())
+    assert not set(plan.fail) & set(plan.admit)
 
 
 @given(queue=queues(), limits=LIMITS)
@@ -98,18 +204,15 @@ def test_queue_empties_whatever_it_holds(queue: list[Candidate], limits: StepLim
     """Carried out with pages for the largest alone; a computed prompt decodes one token and leaves."""
     queue = [replace(c, phase=Phase.WAITING) for c in queue]
     num_pages = max((c.num_pages for c in queue), default=0)
-    order = []
     for _ in range(1000):
         if not queue:
             break
         held = sum(c.num_pages for c in queue if c.phase is not Phase.WAITING)
         plan = _plan(queue, limits, num_pages - held)
         assert plan.admit or plan.run
-        order += plan.admit
         queue = [_carried_out(c, plan) for c in queue]
         queue = [c for c in queue if c.num_pending_tokens]
     assert not queue
-    assert order == sorted(order, key=lambda key: int(key[0]))
 
 
 def _carried_out(c: Candidate, plan: StepPlan) -> Candidate:
@@ -123,7 +226,7 @@ def _carried_out(c: Candidate, plan: StepPlan) -> Candidate:
 
 @pytest.mark.parametrize("phase", [Phase.RECEIVING, Phase.WAITING])
 def test_nothing_to_do_is_an_empty_plan(phase: Phase) -> None:
-    assert _plan([candidate(0, phase, pages=4)], StepLimits(1, 1)) == StepPlan(admit=(), run=())
+    assert _plan([candidate(0, phase, pages=4)], StepLimits(1, 1)) == StepPlan()
 
 
 def test_split_of_the_docstring() -> None:
