@@ -19,8 +19,8 @@
         ├── ModelBroken             FAILED_PRECONDITION 500
         └── InternalError           INTERNAL            500
 
-Over gRPC an error is a status code, the message, and the trailing metadata `moray-error` (class name)
-and `moray-field`; `from_rpc` turns it back into the same class on the other side.
+Over gRPC an error is a status code, the message, and the trailing metadata `moray-error` (class name),
+`moray-field` and `moray-retry-after-ms`; `from_rpc` turns it back into the same class on the other side.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ import grpc
 
 ERROR_KEY = "moray-error"
 FIELD_KEY = "moray-field"
+RETRY_KEY = "moray-retry-after-ms"
 
 
 class MorayError(Exception):
@@ -39,19 +40,21 @@ class MorayError(Exception):
     http_status: ClassVar[int] = 500
     is_retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str = "", *, field: str = "") -> None:
+    def __init__(self, message: str = "", *, field: str = "", retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         """The request or config field at fault, or ""."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which another try makes sense; 0 = nothing is known."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.field))
+        return (_rebuild, (type(self), self.message, self.field, self.retry_after_s))
 
 
-def _rebuild(cls: type[MorayError], message: str, field: str) -> MorayError:
+def _rebuild(cls: type[MorayError], message: str, field: str, retry_after_s: float) -> MorayError:
     error = cls.__new__(cls)
-    MorayError.__init__(error, message, field=field)
+    MorayError.__init__(error, message, field=field, retry_after_s=retry_after_s)
     return error
 
 
@@ -177,7 +180,8 @@ def all_errors(root: type[MorayError] = MorayError) -> list[type[MorayError]]:
 
 def to_trailers(error: MorayError) -> tuple[tuple[str, str], ...]:
     """The trailing metadata that carries an error over gRPC."""
-    pairs = ((ERROR_KEY, type(error).__name__), (FIELD_KEY, error.field))
+    retry_ms = str(round(error.retry_after_s * 1000)) if error.retry_after_s else ""
+    pairs = ((ERROR_KEY, type(error).__name__), (FIELD_KEY, error.field), (RETRY_KEY, retry_ms))
     return tuple((key, value) for key, value in pairs if value)
 
 
@@ -188,7 +192,9 @@ def from_status(
     metadata = {key: value for key, value in trailers if isinstance(value, str)}
     by_name = {cls.__name__: cls for cls in all_errors()}
     cls = by_name.get(metadata.get(ERROR_KEY, ""), _BY_CODE.get(code, InternalError))
-    return _rebuild(cls, message, metadata.get(FIELD_KEY, ""))
+    retry_ms = metadata.get(RETRY_KEY, "")
+    retry_after_s = int(retry_ms) / 1000 if retry_ms.isdecimal() else 0.0
+    return _rebuild(cls, message, metadata.get(FIELD_KEY, ""), retry_after_s)
 
 
 def from_rpc(error: grpc.RpcError) -> MorayError:

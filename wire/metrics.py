@@ -72,6 +72,13 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "moray_attention_prefix_hit_tokens_total", Kind.COUNTER, "Prompt tokens taken from cached pages."
     ),
+    MetricSpec(
+        "moray_attention_preemptions_total",
+        Kind.COUNTER,
+        "Sequences that gave their pages up, by what they did then.",
+        ("state",),
+    ),
+    MetricSpec("moray_attention_refused_total", Kind.COUNTER, "Requests refused, by reason.", ("reason",)),
     MetricSpec("moray_attention_prefix_evictions_total", Kind.COUNTER, "Cached pages given away again."),
     MetricSpec("moray_attention_integrity_errors_total", Kind.COUNTER, "Failed checks of the page accounts."),
     MetricSpec(

@@ -41,9 +41,15 @@ class AttentionConfig(WorkerGroupConfig):
     num_pages: int = Field(1024, ge=1)
     """KV pages of each worker; a page holds `kv.page_tokens` tokens of all layers."""
     max_batch_requests: int = Field(64, ge=1)
-    """Requests decoded together in one step."""
+    """Requests that hold pages and decode together; more wait in line."""
     max_step_tokens: int = Field(512, ge=1)
     """Tokens of one step, decode rows and prompt chunks together; fewer where they look back at many."""
+    lookahead_tokens: int = Field(64, ge=1)
+    """New tokens for which a request has pages when it starts; it gets more, page by page, as it grows."""
+    max_queued_requests: int = Field(256, ge=1)
+    """Requests that wait in a worker; more are refused with RESOURCE_EXHAUSTED at once."""
+    max_queue_s: float = Field(30.0, gt=0)
+    """Seconds that a request waits; one that would wait longer is refused at once."""
     context_cost_tokens: int = Field(65536, ge=1)
     """Context behind which a prompt token counts as two of a step: the indexer scores all of it."""
     micro_batches: int = Field(1, ge=1, le=2)

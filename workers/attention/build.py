@@ -15,6 +15,7 @@ from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import MtpDrafter, Speculation
 from workers.attention.engine import Engine, EngineParts
+from workers.attention.gate import QueueLimits
 from workers.attention.moe import Experts
 from workers.attention.pages import PageAllocator
 from workers.attention.prefix import PrefixCache
@@ -125,6 +126,11 @@ def _engine(
             config.group.max_step_tokens,
             config.group.micro_batches,
             config.group.context_cost_tokens,
+        ),
+        queue=QueueLimits(
+            max_requests=config.group.max_queued_requests,
+            max_wait_s=config.group.max_queue_s,
+            lookahead_tokens=config.group.lookahead_tokens,
         ),
         metrics=metrics,
         speculation=speculation,

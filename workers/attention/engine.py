@@ -30,6 +30,7 @@ from wire.metrics import Metrics
 from workers.attention.accounts import Pace, TenantAccounts, token_cost
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import Speculation
+from workers.attention.gate import Gate, QueueLimits
 from workers.attention.gauges import EngineGauges
 from workers.attention.lobby import Lobby
 from workers.attention.moe import Experts
@@ -69,6 +70,7 @@ class EngineParts:
     """Gives the pages away."""
     experts: Experts
     limits: StepLimits
+    queue: QueueLimits
     metrics: Metrics
     speculation: Speculation | None = None
     """Drafts tokens; None = nothing does."""
@@ -84,6 +86,7 @@ class Engine:
         self._prefix = parts.prefix
         self._experts = parts.experts
         self._limits = parts.limits
+        self._max_queue_s = parts.queue.max_wait_s
         self._metrics = parts.metrics
         self._runner = StepRunner(
             transformer=parts.transformer,
@@ -94,7 +97,10 @@ class Engine:
             speculation=parts.speculation,
         )
         self._gauges = EngineGauges(parts.metrics, pages=parts.pages, transformer=parts.transformer)
-        self._lobby = Lobby(pages=parts.pages, prefix=parts.prefix)
+        self._lobby = Lobby(
+            pages=parts.pages, prefix=parts.prefix, lookahead_tokens=parts.queue.lookahead_tokens
+        )
+        self._gate = Gate(parts.queue)
         self._accounts = TenantAccounts()
         self._pace = Pace()
         self._sequences: dict[Key, SequenceState] = {}
@@ -113,9 +119,15 @@ class Engine:
             self._thread.join()
 
     def submit(self, spec: SequenceSpec, sink: Sink) -> None:
-        """Takes a sequence; everything about it arrives at `sink`."""
-        deadline_s = time.monotonic() + spec.deadline_ms / 1000 if spec.deadline_ms else math.inf
-        self._commands.put(lambda: self._on_submit(spec, sink, deadline_s))
+        """Takes a sequence; everything about it arrives at `sink`, a refusal before this returns."""
+        now_s = time.monotonic()
+        overloaded = self._gate.enter(spec.num_reserved_tokens, now_s=now_s)
+        if overloaded is not None:
+            # Said here and now: the engine's thread may be in a long step.
+            self._metrics.counter("refused_total", reason="queue").inc()
+            sink(Failed(overloaded))
+            return
+        self._commands.put(lambda: self._on_submit(spec, sink, now_s))
 
     def cancel(self, spec: SequenceSpec) -> None:
         """Forgets a sequence and frees its pages; nothing when it is over or was refused.
@@ -179,31 +191,61 @@ class Engine:
                 backlog=Backlog(self._accounts.served, self._pace.seconds_per_cost),
                 limits=self._limits,
             )
-            self._refuse(plan)
-            self._admit(plan)
+            self._apply(plan)
             if plan.run:
                 self._run_guarded(plan)
-            elif not plan.admit and not plan.fail:
-                self._commands.get()()
+            elif plan.is_idle:
+                self._wait_command()
             while not self._commands.empty():
                 self._commands.get()()
             self._gauges.show(self._sequences.values())
 
-    def _refuse(self, plan: StepPlan) -> None:
+    def _wait_command(self) -> None:
+        """Runs the next command; returns without one when somebody's patience is over."""
+        ends_s = [s.patience_s for s in self._sequences.values() if s.phase is Phase.WAITING]
+        timeout_s = min(ends_s, default=math.inf) - time.monotonic()
+        try:
+            command = self._commands.get(timeout=None if timeout_s == math.inf else max(timeout_s, 0))
+        except queue.Empty:
+            return
+        command()
+
+    def _apply(self, plan: StepPlan) -> None:
         for key in plan.fail:
             sequence = self._sequences[key]
+            self._metrics.counter("refused_total", reason="deadline").inc()
             message = f"{key} cannot have a token in the {sequence.spec.deadline_ms} ms that it has"
             self._fail([(sequence, 0)], DeadlinePassed(message))
-
-    def _admit(self, plan: StepPlan) -> None:
+        for key in plan.refuse:
+            self._metrics.counter("refused_total", reason="patience").inc()
+            retry_after_s = self._max_queue_s
+            message = f"{key} waited {retry_after_s:g} s for KV pages; try again in {retry_after_s:g} s"
+            error = Overloaded(message, retry_after_s=retry_after_s)
+            self._fail([(self._sequences[key], 0)], error)
+        if plan.preempt is not None:
+            self._preempt(self._sequences[plan.preempt])
+        for key, num_pages in plan.grow:
+            self._sequences[key].pages = self._pages.extend(key, num_pages=num_pages)
         for key in plan.admit:
-            sequence = self._sequences[key]
-            self._prefix.reserve(sequence)
-            is_remote = sequence.spec.source is Source.REMOTE
-            sequence.phase = Phase.RECEIVING if is_remote else Phase.PREFILL
+            self._admit(self._sequences[key])
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """Takes its pages, which stay cached while nobody wants them; it is computed again in its turn."""
+        self._metrics.counter("preemptions_total", state=sequence.phase.value).inc()
+        self._pages.release(sequence.spec.key)
+        sequence.give_up_pages()
+        self._prefix.expect(sequence)
+
+    def _admit(self, sequence: SequenceState) -> None:
+        self._prefix.reserve(sequence, num_rows=self._lobby.num_first_rows(sequence))
+        sequence.phase = Phase.RECEIVING if sequence.is_remote else Phase.PREFILL
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            num_tokens = sequence.spec.num_reserved_tokens
+            self._gate.leave(num_tokens, now_s=time.monotonic(), is_served=True)
             sequence.sink(Admitted(sequence.num_cached_tokens))
-            if sequence.num_cached_tokens:
-                self._runner.give_rows(sequence, begin=0)
+        if sequence.num_cached_tokens:
+            self._runner.give_rows(sequence, begin=0)
 
     def _reuse(self) -> None:
         """Skips what other sequences have computed by now."""
@@ -267,6 +309,9 @@ class Engine:
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self._accounts.leave(sequence.spec.tenant)
+            if not sequence.was_admitted:
+                num_tokens = sequence.spec.num_reserved_tokens
+                self._gate.leave(num_tokens, now_s=time.monotonic(), is_served=False)
             self._pages.release(key)
             self._check_pages()
 
@@ -286,19 +331,26 @@ class Engine:
 
     # ---- commands, run on the engine thread ----
 
-    def _on_submit(self, spec: SequenceSpec, sink: Sink, deadline_s: float) -> None:
-        too_long = self._lobby.too_long(spec.num_reserved_tokens, field="max_tokens")
+    def _on_submit(self, spec: SequenceSpec, sink: Sink, began_s: float) -> None:
+        refusal = self._refusal(spec)
+        if refusal is not None:
+            self._gate.leave(spec.num_reserved_tokens, now_s=time.monotonic(), is_served=False)
+            sink(Failed(refusal))
+            return
+        sequence = SequenceState(spec, sink, token_ids=list(spec.token_ids))
+        sequence.patience_s = began_s + self._max_queue_s
+        if spec.deadline_ms:
+            sequence.deadline_s = began_s + spec.deadline_ms / 1000
+        self._prefix.expect(sequence)
+        self._accounts.enter(spec.tenant)
+        self._sequences[spec.key] = sequence
+
+    def _refusal(self, spec: SequenceSpec) -> MorayError | None:
         if self._is_stopping:
-            sink(Failed(Overloaded(_STOPPING)))
-        elif spec.key in self._sequences:
-            sink(Failed(InvalidRequest(f"request {spec.key} is running already", field="request_id")))
-        elif too_long is not None:
-            sink(Failed(too_long))
-        else:
-            sequence = SequenceState(spec, sink, token_ids=list(spec.token_ids), deadline_s=deadline_s)
-            self._prefix.expect(sequence)
-            self._accounts.enter(spec.tenant)
-            self._sequences[spec.key] = sequence
+            return Overloaded(_STOPPING)
+        if spec.key in self._sequences:
+            return InvalidRequest(f"request {spec.key} is running already", field="request_id")
+        return self._lobby.too_long(spec.num_reserved_tokens, field="max_tokens")
 
     def _on_cancel(self, spec: SequenceSpec) -> None:
         sequence = self._sequences.get(spec.key)

@@ -78,6 +78,18 @@ class PageAllocator:
         self._owned[owner] = [*shared, *(self._take() for _ in range(num_new))]
         return tuple(self._owned[owner])
 
+    def extend(self, owner: Hashable, *, num_pages: int) -> tuple[int, ...]:
+        """Gives an owner more pages; all that it has then.
+
+        Raises:
+            RuntimeError: too few pages: the caller did not look.
+        """
+        if num_pages > self.num_available:
+            message = f"{owner} wants {num_pages} more pages; {self.num_available} are to be had"
+            raise RuntimeError(message)
+        self._owned[owner].extend(self._take() for _ in range(num_pages))
+        return self.pages_of(owner)
+
     def adopt(self, owner: Hashable, *, page_idx: int, digest: bytes) -> bool:
         """Whether there is a page of this hash; the owner has it then in place of its own `page_idx`-th."""
         page = self._page_of.get(digest)

@@ -20,12 +20,10 @@ class PrefixCache:
         self._is_on = is_on
         self._metrics = metrics
 
-    def reserve(self, sequence: SequenceState) -> None:
-        """Gives a waiting sequence its pages; `num_cached_tokens` of its rows are there already."""
+    def reserve(self, sequence: SequenceState, *, num_rows: int) -> None:
+        """Gives a waiting sequence pages; `num_cached_tokens` of its rows are there already."""
         prefix = self._hashes(sequence)[: self._num_shareable(sequence)]
-        sequence.pages = self._pages.reserve(
-            sequence.spec.key, num_tokens=sequence.spec.num_reserved_tokens, prefix=prefix
-        )
+        sequence.pages = self._pages.reserve(sequence.spec.key, num_tokens=num_rows, prefix=prefix)
         self._count(sequence, self._pages.count_prefix(prefix))
         self._metrics.counter("prefix_lookup_tokens_total").inc(len(prefix) * self._rules.page_tokens)
 
@@ -79,13 +77,15 @@ class PrefixCache:
         """Pages that may come from others: one token is left to who computes, for the logits behind it."""
         if sequence.spec.needs_prompt_rows:
             return 0
-        is_received = sequence.spec.takes_first_token and sequence.phase is not Phase.PREFILL
+        is_received = sequence.is_remote and sequence.phase is not Phase.PREFILL
+        is_received = is_received and sequence.spec.takes_first_token
         num_tokens = len(sequence.token_ids) - (0 if is_received else 1)
         return num_tokens // self._rules.page_tokens
 
     def _count(self, sequence: SequenceState, num_shared: int) -> None:
         num_tokens = num_shared * self._rules.page_tokens - sequence.num_cached_tokens
         sequence.num_cached_tokens += num_tokens
-        sequence.num_reused_tokens += num_tokens
+        # What a preempted sequence finds again is its own.
+        sequence.num_reused_tokens += 0 if sequence.was_preempted else num_tokens
         sequence.num_published_pages = num_shared
         self._metrics.counter("prefix_hit_tokens_total").inc(num_tokens)

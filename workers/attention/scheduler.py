@@ -1,10 +1,14 @@
-"""The batch scheduler: which sequences run in the next step, and how many of their tokens. A pure decision.
+"""The batch scheduler: who gets pages, who gives them up, and who runs in the next step. A pure decision.
 
 Decoding sequences go first, one token each; prompt chunks fill what is left of the step's budget. The budget
 is in cost, not in tokens (accounts.py), so that a step takes about as long wherever its chunks stand. Among
 those who wait for the same thing, higher priority goes first, then the tenant for whom least was computed,
-then who came first. A sequence gets all pages that it may ever need when it is admitted, so none is stopped
-half-way for lack of them.
+then who came first.
+
+A sequence is admitted with pages for its prompt and a bit more, and gets others as it grows. When none is
+left, the youngest sequence of the lowest priority gives its pages up and is computed again later; the text
+is the same. Nothing waits for ever: of those that hold pages the oldest of the highest priority always gets
+the next one.
 """
 
 import heapq
@@ -27,7 +31,15 @@ class Candidate:
     num_pending_tokens: int
     """Tokens to compute; >= 1 while in PREFILL or DECODE."""
     num_pages: int
-    """Pages that it needs in all."""
+    """Pages that it wants now: to be admitted, or to go on."""
+    num_held_pages: int = 0
+    """Pages that it has; some may be others' too."""
+    is_full: bool = False
+    """In DECODE: without those pages it cannot run."""
+    may_grow: bool = False
+    """It may want more before it ends."""
+    is_for_others: bool = False
+    """A prefill for another worker: never preempted, since it ends without help."""
     num_cached_tokens: int = 0
     """Tokens before those: what they look back at."""
     priority: int = 0
@@ -35,6 +47,8 @@ class Candidate:
     tenant: str = ""
     deadline_s: float = math.inf
     """When it is worth nothing any more, on the clock of `now_s`."""
+    patience_s: float = math.inf
+    """While it waits: when it is refused, on the same clock."""
     next_page: bytes | None = None
     """In PREFILL: hash of the page that its next tokens are in; two with the same one compute the same."""
 
@@ -44,6 +58,7 @@ class StepLimits:
     """The bounds of one step."""
 
     max_batch_requests: int
+    """Sequences that hold pages, beside prefills for other workers; more wait in line."""
     max_step_tokens: int
     micro_batches: int = 1
     """Parts of a step that take turns, at most."""
@@ -67,10 +82,21 @@ class StepPlan:
 
     fail: tuple[Key, ...] = ()
     """Waiting sequences that cannot have their first token before their deadline."""
+    refuse: tuple[Key, ...] = ()
+    """Waiting sequences whose patience is over."""
+    preempt: Key | None = None
+    """A sequence that gives its pages up; then nothing else is done before the next plan."""
+    grow: tuple[tuple[Key, int], ...] = ()
+    """(sequence, pages) of those that get more."""
     admit: tuple[Key, ...] = ()
     """Waiting sequences that get their pages now."""
     run: tuple[tuple[Key, int], ...] = ()
     """(sequence, tokens to compute) of this step."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it changes nothing: only an event from outside can."""
+        return self == StepPlan()
 
 
 def plan_step(
@@ -81,7 +107,7 @@ def plan_step(
     backlog: Backlog,
     limits: StepLimits,
 ) -> StepPlan:
-    """Who is admitted and who runs.
+    """Who gets pages and who runs.
 
     Example: limits of 8 tokens; two sequences decode, a third has 100 prompt tokens left: the step runs
     1 + 1 + 6 tokens. Behind 65,536 cached tokens the third would get 3.
@@ -93,18 +119,20 @@ def plan_step(
         backlog: of the tenants, and the pace.
         limits: bounds of the step.
     """
-    waiting = [c for c in candidates if c.phase is Phase.WAITING]
-    fail = [c.key for c in waiting if _is_too_late(c, now_s=now_s, backlog=backlog, limits=limits)]
-    hopeful = [c for c in waiting if c.key not in fail]
-    admit = _plan_admission(order_fairly(hopeful, backlog.served), num_free_pages)
-    max_decoding = min(limits.max_batch_requests, limits.max_step_tokens)
-    decoding = [c for c in candidates if c.phase is Phase.DECODE]
-    if len(decoding) > max_decoding:
-        decoding = order_fairly(decoding, backlog.served)[:max_decoding]
-    run = [(c.key, 1) for c in decoding]
-    prefilling = order_fairly([c for c in candidates if c.phase is Phase.PREFILL], backlog.served)
-    run += _plan_chunks(prefilling, limits.max_step_tokens - len(run), limits=limits)
-    return StepPlan(fail=tuple(fail), admit=admit, run=tuple(run))
+    line = order_fairly([c for c in candidates if c.phase is Phase.WAITING], backlog.served)
+    fail = tuple(c.key for c in line if _is_too_late(c, now_s=now_s, backlog=backlog, limits=limits))
+    refuse = tuple(c.key for c in line if now_s >= c.patience_s and c.key not in fail)
+    line = [c for c in line if c.key not in fail and c.key not in refuse]
+    # A stable sort: of one priority the oldest first.
+    holders = sorted((c for c in candidates if c.phase is not Phase.WAITING), key=lambda c: -c.priority)
+    pages = _plan_pages(line, holders, num_free_pages, num_slots=limits.max_batch_requests)
+    if pages.preempt is None:
+        run = _plan_run(candidates, pages.stalled, backlog=backlog, limits=limits)
+        if not run and not pages.admit:
+            pages = _plan_way_out(line, holders, num_free_pages)
+        if pages.preempt is None:
+            return StepPlan(fail=fail, refuse=refuse, grow=pages.grow, admit=pages.admit, run=run)
+    return StepPlan(fail=fail, refuse=refuse, preempt=pages.preempt)
 
 
 def order_fairly(candidates: Sequence[Candidate], served: Mapping[str, float]) -> list[Candidate]:
@@ -159,15 +187,94 @@ def _is_too_late(candidate: Candidate, *, now_s: float, backlog: Backlog, limits
     return now_s + cost * backlog.seconds_per_cost >= candidate.deadline_s
 
 
-def _plan_admission(waiting: Sequence[Candidate], num_free_pages: int) -> tuple[Key, ...]:
-    """The first in line until one does not fit: it is not overtaken for ever."""
+@dataclass(frozen=True, kw_only=True)
+class _PagePlan:
+    """Where pages go; with `preempt`, what is said beside it is void."""
+
+    grow: tuple[tuple[Key, int], ...] = ()
+    stalled: frozenset[Key] = frozenset()
+    """Sequences that cannot run for lack of a page, and may not take one from those before them."""
+    admit: tuple[Key, ...] = ()
+    preempt: Key | None = None
+
+
+def _plan_pages(
+    line: Sequence[Candidate], holders: Sequence[Candidate], num_free_pages: int, *, num_slots: int
+) -> _PagePlan:
+    """Pages for those who have some, in order of their rank, then for the first in line."""
+    grow: list[tuple[Key, int]] = []
+    stalled: set[Key] = set()
+    for rank, holder in enumerate(holders):
+        if holder.phase is not Phase.DECODE or not holder.num_pages:
+            continue
+        if holder.num_pages <= num_free_pages:
+            grow.append((holder.key, holder.num_pages))
+            num_free_pages -= holder.num_pages
+        elif holder.is_full:
+            victim = _find_victim(holders[rank + 1 :])
+            if victim is not None:
+                return _PagePlan(preempt=victim)
+            stalled.add(holder.key)
+    admit, victim = _plan_admission(line, holders, num_free_pages, num_slots=num_slots)
+    return _PagePlan(grow=tuple(grow), stalled=frozenset(stalled), admit=admit, preempt=victim)
+
+
+def _plan_admission(
+    line: Sequence[Candidate], holders: Sequence[Candidate], num_free_pages: int, *, num_slots: int
+) -> tuple[tuple[Key, ...], Key | None]:
+    """The first in line until one does not fit: it is not overtaken for ever. And who must make room for it.
+
+    A page for each sequence that may grow stays free, or who is let in would be sent away again at once.
+    """
     admit: list[Key] = []
-    for candidate in waiting:
-        if candidate.num_pages > num_free_pages:
-            break
+    num_free_pages -= sum(holder.may_grow for holder in holders)
+    num_slots -= sum(not holder.is_for_others for holder in holders)
+    for candidate in line:
+        has_slot = candidate.is_for_others or num_slots > 0
+        if candidate.num_pages > num_free_pages or not has_slot:
+            lower = [h for h in holders if h.priority < candidate.priority and not h.is_for_others]
+            num_lower_pages = sum(h.num_held_pages for h in lower)
+            makes_room = not admit and candidate.num_pages <= num_free_pages + num_lower_pages
+            return tuple(admit), _find_victim(lower) if makes_room else None
         admit.append(candidate.key)
-        num_free_pages -= candidate.num_pages
-    return tuple(admit)
+        num_free_pages -= candidate.num_pages + candidate.may_grow
+        num_slots -= not candidate.is_for_others
+    return tuple(admit), None
+
+
+def _plan_way_out(line: Sequence[Candidate], holders: Sequence[Candidate], num_free_pages: int) -> _PagePlan:
+    """What to do when nothing can run: two workers must not wait for each other's prefills for ever.
+
+    The first prefill for another worker gets in, past those before it, and past sequences that wait for rows
+    of others: they are computed here later.
+    """
+    first = next((c for c in line if c.is_for_others), None)
+    if first is None:
+        return _PagePlan()
+    if first.num_pages <= num_free_pages:
+        return _PagePlan(admit=(first.key,))
+    return _PagePlan(preempt=_find_victim(holders))
+
+
+def _find_victim(holders: Sequence[Candidate]) -> Key | None:
+    """Who gives its pages up: the last, and one whose rows are under way only if there is no other."""
+    own = [h.key for h in holders if h.phase is not Phase.RECEIVING and not h.is_for_others]
+    receiving = [h.key for h in holders if h.phase is Phase.RECEIVING]
+    return (receiving + own)[-1] if receiving or own else None
+
+
+def _plan_run(
+    candidates: Sequence[Candidate], stalled: frozenset[Key], *, backlog: Backlog, limits: StepLimits
+) -> tuple[tuple[Key, int], ...]:
+    """One token for those who decode, and chunks of prompts for what is left of the budget."""
+    decoding = [c for c in candidates if c.phase is Phase.DECODE and c.key not in stalled]
+    max_decoding = min(limits.max_batch_requests, limits.max_step_tokens)
+    if len(decoding) > max_decoding:
+        decoding = order_fairly(decoding, backlog.served)[:max_decoding]
+    run = [(c.key, 1) for c in decoding]
+    prefilling = order_fairly([c for c in candidates if c.phase is Phase.PREFILL], backlog.served)
+    run += _plan_chunks(prefilling, limits.max_step_tokens - len(run), limits=limits)
+    return tuple(run)
 
 
 def _plan_chunks(

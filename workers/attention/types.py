@@ -219,6 +219,11 @@ class SequenceState:
     phase: Phase = Phase.WAITING
     deadline_s: float = math.inf
     """On the monotonic clock."""
+    patience_s: float = math.inf
+    """When it is refused if it still waits, on the same clock."""
+    was_admitted: bool = False
+    was_preempted: bool = False
+    """It gave its pages up once; what is not cached of them it computes here, whoever did so first."""
     num_expected_tokens: int = 0
     """While WAITING: leading tokens that were cached when it came."""
     token_ids: list[int] = field(default_factory=list)
@@ -236,6 +241,20 @@ class SequenceState:
     """Tokens of the prompt whose log-probabilities were told."""
     hidden_rows: HiddenRows = field(default_factory=HiddenRows)
     """What the MTP layer has not run over yet; empty where nothing is drafted."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether another worker computes its prompt."""
+        return self.spec.source is Source.REMOTE and not self.was_preempted
+
+    def give_up_pages(self) -> None:
+        """Back to the queue, with every token and without a row."""
+        self.phase = Phase.WAITING
+        self.was_preempted = True
+        self.patience_s = math.inf
+        self.pages = ()
+        self.num_cached_tokens = self.num_published_pages = 0
+        self.hidden_rows = HiddenRows()
 
     @property
     def num_new_tokens(self) -> int:

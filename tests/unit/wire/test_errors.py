@@ -12,6 +12,7 @@ from wire.errors import (
     ConfigError,
     InternalError,
     MorayError,
+    Overloaded,
     ServerError,
     UnknownModel,
     WorkerLost,
@@ -79,6 +80,17 @@ def test_bare_status_maps_by_its_code():
 def test_unknown_class_name_of_a_newer_peer_maps_by_its_code():
     got = from_status(grpc.StatusCode.UNAVAILABLE, "new", (("moray-error", "FromTheFuture"),))
     assert type(got) is WorkerLost
+
+
+def test_retry_delay_travels():
+    error = Overloaded("full", retry_after_s=1.25)
+    assert ("moray-retry-after-ms", "1250") in to_trailers(error)
+    assert from_status(error.code, "full", to_trailers(error)).retry_after_s == 1.25
+    assert pickle.loads(pickle.dumps(error)).retry_after_s == 1.25
+
+
+def test_nonsense_for_a_retry_delay_is_none():
+    assert from_status(Overloaded.code, "full", (("moray-retry-after-ms", "soon"),)).retry_after_s == 0
 
 
 def test_trailers_leave_empty_values_out():

@@ -24,7 +24,7 @@ LIMITS = st.builds(StepLimits, st.integers(1, 5), st.integers(1, 12))
 TENANTS = "ab"
 
 
-def candidate(name: int, phase: Phase, *, pending: int = 1, pages: int = 1, **fields: Any) -> Candidate:
+def candidate(name: int, phase: Phase, *, pending: int = 1, pages: int = 0, **fields: Any) -> Candidate:
     return Candidate(key=(str(name), 0), phase=phase, num_pending_tokens=pending, num_pages=pages, **fields)
 
 
@@ -36,7 +36,7 @@ def queues(draw: st.DrawFn, tenants: str = TENANTS, priorities: int = 1) -> list
             i,
             phase,
             pending=1 if phase is Phase.DECODE else draw(st.integers(1, 20)),
-            pages=draw(st.integers(1, 6)),
+            pages=draw(st.integers(1, 6)) if phase is Phase.WAITING else 0,
             tenant=draw(st.sampled_from(tenants)),
             priority=draw(st.integers(0, priorities)),
         )
@@ -110,16 +110,18 @@ def test_decoding_goes_first_and_the_oldest_before_the_younger(
     assert list(_plan(queue, limits).run) == expected
 
 
-@given(queue=queues(), limits=LIMITS, num_free_pages=st.integers(0, 12))
+@given(queue=queues(priorities=0), limits=LIMITS, num_free_pages=st.integers(0, 12))
 def test_nobody_in_line_is_overtaken(queue: list[Candidate], limits: StepLimits, num_free_pages: int) -> None:
     """The admitted are the longest run of the first in line that fits."""
-    waiting = order_fairly(_of(queue, Phase.WAITING), dict.fromkeys(TENANTS, 0.0))
+    line = order_fairly(_of(queue, Phase.WAITING), dict.fromkeys(TENANTS, 0.0))
     admit = _plan(queue, limits, num_free_pages).admit
-    assert admit == tuple(c.key for c in waiting[: len(admit)])
-    used = sum(c.num_pages for c in waiting[: len(admit)])
+    assert admit == tuple(c.key for c in line[: len(admit)])
+    used = sum(c.num_pages for c in line[: len(admit)])
+    num_slots = limits.max_batch_requests - (len(queue) - len(line))
     assert used <= num_free_pages
-    if len(admit) < len(waiting):
-        assert used + waiting[len(admit)].num_pages > num_free_pages
+    assert len(admit) <= max(num_slots, 0)
+    if len(admit) < min(len(line), num_slots):
+        assert used + line[len(admit)].num_pages > num_free_pages
 
 
 def test_order_of_the_docstring() -> None:
@@ -196,18 +198,19 @@ def test_who_waits_in_vain_is_told_at_once(
 @given(queue=queues(), limits=LIMITS)
 def test_there_is_a_step_exactly_when_something_can_run(queue: list[Candidate], limits: StepLimits) -> None:
     can_run = bool(_of(queue, Phase.PREFILL) or _of(queue, Phase.DECODE))
-    assert bool(_plan(queue, limits).run) == can_run
+    plan = _plan(queue, limits)
+    assert bool(plan.run) == can_run or plan.preempt is not None
 
 
 @given(queue=queues(), limits=LIMITS)
 def test_queue_empties_whatever_it_holds(queue: list[Candidate], limits: StepLimits) -> None:
     """Carried out with pages for the largest alone; a computed prompt decodes one token and leaves."""
-    queue = [replace(c, phase=Phase.WAITING) for c in queue]
+    queue = [replace(c, phase=Phase.WAITING, num_pages=1 + i % 6, priority=0) for i, c in enumerate(queue)]
     num_pages = max((c.num_pages for c in queue), default=0)
     for _ in range(1000):
         if not queue:
             break
-        held = sum(c.num_pages for c in queue if c.phase is not Phase.WAITING)
+        held = sum(c.num_held_pages for c in queue)
         plan = _plan(queue, limits, num_pages - held)
         assert plan.admit or plan.run
         queue = [_carried_out(c, plan) for c in queue]
@@ -217,7 +220,7 @@ def test_queue_empties_whatever_it_holds(queue: list[Candidate], limits: StepLim
 
 def _carried_out(c: Candidate, plan: StepPlan) -> Candidate:
     if c.key in plan.admit:
-        return replace(c, phase=Phase.PREFILL)
+        return replace(c, phase=Phase.PREFILL, num_pages=0, num_held_pages=c.num_pages)
     pending = c.num_pending_tokens - dict(plan.run).get(c.key, 0)
     if c.phase is Phase.PREFILL and pending == 0:
         return replace(c, phase=Phase.DECODE, num_pending_tokens=1)
@@ -226,7 +229,83 @@ def _carried_out(c: Candidate, plan: StepPlan) -> Candidate:
 
 @pytest.mark.parametrize("phase", [Phase.RECEIVING, Phase.WAITING])
 def test_nothing_to_do_is_an_empty_plan(phase: Phase) -> None:
-    assert _plan([candidate(0, phase, pages=4)], StepLimits(1, 1)) == StepPlan()
+    plan = _plan([candidate(0, phase, pages=4)], StepLimits(1, 1))
+    assert plan == StepPlan()
+    assert plan.is_idle
+
+
+def _full(name: int, **fields: Any) -> Candidate:
+    """One that cannot go on without another page."""
+    return candidate(name, Phase.DECODE, pages=1, is_full=True, num_held_pages=2, **fields)
+
+
+@pytest.mark.parametrize(
+    ("holders", "victim"),
+    [
+        ([_full(0), candidate(1, Phase.DECODE), candidate(2, Phase.DECODE)], 2),
+        ([_full(0), candidate(1, Phase.DECODE), candidate(2, Phase.RECEIVING)], 1),
+        ([_full(0), candidate(1, Phase.RECEIVING)], 1),
+        ([_full(0), candidate(1, Phase.PREFILL), candidate(2, Phase.PREFILL, is_for_others=True)], 1),
+        ([_full(0), candidate(1, Phase.DECODE, priority=-1), candidate(2, Phase.DECODE)], 1),
+        ([candidate(0, Phase.DECODE, priority=-1), _full(1)], 0),
+        ([candidate(0, Phase.DECODE), _full(1), candidate(2, Phase.DECODE, priority=1)], None),
+        ([_full(0), candidate(1, Phase.PREFILL, is_for_others=True)], None),
+    ],
+)
+def test_pages_are_taken_from_the_youngest_of_the_lowest_priority(
+    holders: list[Candidate], victim: int | None
+) -> None:
+    """Never from those before it; then it stands still and the others run."""
+    plan = _plan(holders, StepLimits(8, 64), num_free_pages=0)
+    assert plan.preempt == (None if victim is None else (str(victim), 0))
+    if victim is None:
+        stalled = [c.key for c in holders if c.is_full]
+        assert [key for key, _ in plan.run] == [c.key for c in holders if c.key not in stalled]
+    else:
+        assert not plan.run
+
+
+def test_page_for_a_draft_is_not_worth_a_preemption() -> None:
+    holders = [candidate(0, Phase.DECODE, pages=1), candidate(1, Phase.DECODE)]
+    assert _plan(holders, StepLimits(8, 64), num_free_pages=0).preempt is None
+    assert _plan(holders, StepLimits(8, 64), num_free_pages=1).grow == ((("0", 0), 1),)
+
+
+@pytest.mark.parametrize(
+    ("priority", "num_held_pages", "preempt"),
+    [(1, 3, ("1", 0)), (1, 2, None), (0, 3, None), (-1, 3, None)],
+)
+def test_higher_priority_takes_pages_if_that_is_enough(
+    priority: int, num_held_pages: int, preempt: tuple[str, int] | None
+) -> None:
+    """It wants 8 pages, 2 are free, two others have 3 each or 2 each."""
+    holders = [candidate(i, Phase.DECODE, num_held_pages=num_held_pages) for i in range(2)]
+    waiting = candidate(2, Phase.WAITING, pages=8, priority=priority)
+    assert _plan([*holders, waiting], StepLimits(8, 64), num_free_pages=2).preempt == preempt
+
+
+def test_one_page_stays_free_for_each_that_may_grow() -> None:
+    """With 5 free, one that wants 3 gets in beside two that may grow, and not beside three."""
+    waiting = candidate(9, Phase.WAITING, pages=3)
+    for num_growing, admit in [(2, (waiting.key,)), (3, ())]:
+        growing = [candidate(i, Phase.DECODE, may_grow=True) for i in range(num_growing)]
+        assert _plan([*growing, waiting], StepLimits(8, 64), num_free_pages=5).admit == admit
+
+
+@pytest.mark.parametrize(("patience_s", "refuse"), [(0.0, (("0", 0),)), (0.1, ())])
+def test_who_has_waited_enough_is_refused(patience_s: float, refuse: tuple[object, ...]) -> None:
+    assert _plan([candidate(0, Phase.WAITING, patience_s=patience_s)], StepLimits(8, 64)).refuse == refuse
+
+
+def test_prefill_for_others_gets_in_where_all_wait_for_rows() -> None:
+    """Before it stands one that is too large; the pages belong to one whose rows are under way."""
+    receiving = candidate(0, Phase.RECEIVING, num_held_pages=4)
+    large = candidate(1, Phase.WAITING, pages=4)
+    wanted = candidate(2, Phase.WAITING, pages=2, is_for_others=True)
+    queue = [receiving, large, wanted]
+    assert _plan(queue, StepLimits(8, 64), num_free_pages=2).admit == (wanted.key,)
+    assert _plan(queue, StepLimits(8, 64), num_free_pages=1).preempt == receiving.key
+    assert _plan([receiving, large], StepLimits(8, 64), num_free_pages=2).is_idle
 
 
 def test_split_of_the_docstring() -> None:
