@@ -139,6 +139,7 @@ class KvHeader(_message.Message):
     FIRST_TOKEN_IDX_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     first_token_idx: _builtins.int
@@ -147,6 +148,8 @@ class KvHeader(_message.Message):
     """That of the SequenceRequest: frames of another pull are refused."""
     num_rows: _builtins.int
     """Rows of a KV frame."""
+    num_cached_tokens: _builtins.int
+    """With the first token: leading tokens whose rows the prefill worker had from earlier requests."""
     def __init__(
         self,
         *,
@@ -155,10 +158,11 @@ class KvHeader(_message.Message):
         first_token_idx: _builtins.int = ...,
         transfer: _builtins.int = ...,
         num_rows: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "num_rows", b"num_rows", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "num_cached_tokens", b"num_cached_tokens", "num_rows", b"num_rows", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,7 @@ from workers.attention.types import (
     Key,
     NewToken,
     Phase,
+    RowsUnwanted,
     SequenceSpec,
     SequenceState,
     Sink,
@@ -150,9 +151,9 @@ class Engine:
         """Stores cache rows that a prefill worker sent, accepted by a `Receipt`."""
         self._commands.put(lambda: self._on_rows(key, rows))
 
-    def finish_transfer(self, key: Key, token_id: int) -> None:
+    def finish_transfer(self, key: Key, token: NewToken) -> None:
         """All rows were sent, and this is the first new token."""
-        self._commands.put(lambda: self._on_transferred(key, token_id))
+        self._commands.put(lambda: self._on_transferred(key, token))
 
     def compute_here(self, key: Key) -> None:
         """Nobody sends the rows of a sequence that waits for them: it is prefilled here."""
@@ -232,6 +233,8 @@ class Engine:
     def _preempt(self, sequence: SequenceState) -> None:
         """Takes its pages, which stay cached while nobody wants them; it is computed again in its turn."""
         self._metrics.counter("preemptions_total", state=sequence.phase.value).inc()
+        if sequence.phase is Phase.RECEIVING:
+            sequence.sink(RowsUnwanted())
         self._pages.release(sequence.spec.key)
         sequence.give_up_pages()
         self._prefix.expect(sequence)
@@ -368,7 +371,7 @@ class Engine:
         self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TW.copy()).to(flat_T.device))
         self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TW.nbytes)
 
-    def _on_transferred(self, key: Key, token_id: int) -> None:
+    def _on_transferred(self, key: Key, token: NewToken) -> None:
         sequence = self._sequences.get(key)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             return
@@ -379,7 +382,10 @@ class Engine:
             return
         sequence.num_cached_tokens = num_tokens
         self._prefix.publish(sequence)
-        self._append(sequence, ChosenToken(token_id))
+        # Either worker had that much: those tokens were not computed for this request.
+        num_reused_tokens = max(sequence.num_reused_tokens, token.num_cached_tokens)
+        sequence.num_reused_tokens = min(num_reused_tokens, sequence.num_cached_tokens)
+        self._append(sequence, ChosenToken(token.token_id))
 
     def _on_compute_here(self, key: Key) -> None:
         sequence = self._sequences.get(key)

@@ -122,7 +122,7 @@ class KvReceiver:
                 self.engine.add_rows(spec.key, item)
             elif isinstance(item, NewToken):
                 receipt.accept_token(item.token_id)
-                self.engine.finish_transfer(spec.key, item.token_id)
+                self.engine.finish_transfer(spec.key, item)
                 return
 
     def _wanted(self, spec: SequenceSpec, *, first_row: int) -> Wanted:

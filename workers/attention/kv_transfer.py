@@ -39,11 +39,18 @@ def encode_transfer(fence: Fence, event: CacheRows | NewToken | Alive) -> bytes:
         )
     if isinstance(event, Alive):
         return _encode(fence, FrameKind.KV_ALIVE, None)
-    return _encode(fence, FrameKind.FIRST_TOKEN, np.array([event.token_id], dtype=np.int32))
+    token = np.array([event.token_id], dtype=np.int32)
+    return _encode(fence, FrameKind.FIRST_TOKEN, token, num_cached_tokens=event.num_cached_tokens)
 
 
 def _encode(
-    fence: Fence, kind: FrameKind, tensor: Array | None, *, layer_idx: int = 0, first: int = 0
+    fence: Fence,
+    kind: FrameKind,
+    tensor: Array | None,
+    *,
+    layer_idx: int = 0,
+    first: int = 0,
+    num_cached_tokens: int = 0,
 ) -> bytes:
     header = attention_pb2.KvHeader(
         request_id=fence.request_id,
@@ -51,6 +58,7 @@ def _encode(
         transfer=fence.transfer,
         first_token_idx=first,
         num_rows=len(tensor) if tensor is not None and kind is FrameKind.KV else 0,
+        num_cached_tokens=num_cached_tokens,
     )
     tensors = () if tensor is None else (tensor,)
     return encode_frame(
@@ -77,7 +85,7 @@ def decode_transfer(fence: Fence, data: bytes) -> CacheRows | NewToken | Alive:
             raise FrameInvalid(f"{len(rows_TW)} rows, its header says {header.num_rows}", field="rows")
         return CacheRows(frame.layer_idx, header.first_token_idx, rows_TW)
     if frame.kind is FrameKind.FIRST_TOKEN and tensors == [("int32", 1, 1)]:
-        return NewToken(int(frame.tensors[0][0]), None)
+        return NewToken(int(frame.tensors[0][0]), None, header.num_cached_tokens)
     if frame.kind is FrameKind.KV_ALIVE and not tensors:
         return Alive()
     raise FrameInvalid(

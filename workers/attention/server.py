@@ -41,7 +41,16 @@ from workers.attention.moe import RemoteExperts
 from workers.attention.relay import EventRelay
 from workers.attention.reports import Reports
 from workers.attention.requests import read_grammar, read_score, read_sequence, write_event
-from workers.attention.types import Admitted, Event, Failed, NewToken, PromptLogprobs, SequenceSpec, Source
+from workers.attention.types import (
+    Admitted,
+    Event,
+    Failed,
+    NewToken,
+    PromptLogprobs,
+    RowsUnwanted,
+    SequenceSpec,
+    Source,
+)
 from workers.checkpoint import open_checkpoint
 from workers.config import DispatchConfig
 from workers.packing import make_packing
@@ -221,6 +230,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         stack.enter_context(self._door.enter(spec.source, lambda error: events.put_nowait(Failed(error))))
         stack.callback(self._engine.cancel, spec)
         self._engine.submit(spec, self._relay.sink(events))
+        pulling: asyncio.Task[None] | None = None
         while True:
             event = await events.get()
             if isinstance(event, Failed):
@@ -236,6 +246,8 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
                     name=f"pull-{spec.request_id}",
                 )
                 stack.push_async_callback(_cancel, pulling)
+            if isinstance(event, RowsUnwanted) and pulling is not None:
+                pulling.cancel()
             yield event
             if isinstance(event, NewToken) and event.finish:
                 return

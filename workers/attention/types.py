@@ -188,6 +188,11 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True)
+class RowsUnwanted:
+    """The sequence gave up the pages that its rows were to come to: they are computed here instead."""
+
+
+@dataclass(frozen=True)
 class NewToken:
     """One more token; `finish` is set on the last."""
 
@@ -205,7 +210,7 @@ class Failed:
     error: MorayError
 
 
-Event = Admitted | CacheRows | PromptLogprobs | NewToken | Failed
+Event = Admitted | CacheRows | RowsUnwanted | PromptLogprobs | NewToken | Failed
 Sink = Callable[[Event], None]
 """Called by the engine thread; must not block."""
 

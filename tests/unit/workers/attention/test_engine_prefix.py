@@ -146,6 +146,19 @@ def test_prefill_worker_reuses_and_still_sends_every_row() -> None:
         assert {len(rows) for rows in other.values()} == {21}
 
 
+def test_tokens_that_either_worker_had_count_as_cached() -> None:
+    with open_engine("default") as lab:
+        prefilled(lab, PROMPT, "first")
+        given = prefilled(lab, PROMPT, "second")
+    with open_engine("default") as lab:
+        to = lab.submit(make_spec(PROMPT, source=Source.REMOTE)).admitted()
+        for rows in given.rows():
+            lab.engine.add_rows(to.spec.key, rows)
+        lab.engine.finish_transfer(to.spec.key, given.events[-1])
+        assert len(to.tokens()) == 8
+        assert first_token(to).num_cached_tokens == 20
+
+
 def test_received_pages_are_shared_and_not_written_again() -> None:
     """Garbage in the rows of pages that are here already does no harm: they are not taken from the wire."""
     with open_engine("default") as lab:
@@ -157,7 +170,7 @@ def test_received_pages_are_shared_and_not_written_again() -> None:
             to = lab.submit(make_spec(PROMPT, request_id=request_id, source=Source.REMOTE)).admitted()
             for rows in given.rows():
                 lab.engine.add_rows(to.spec.key, rows)
-            lab.engine.finish_transfer(to.spec.key, given.events[-1].token_id)
+            lab.engine.finish_transfer(to.spec.key, given.events[-1])
             texts.append(to.tokens())
         assert texts == [expected] * 2
         assert lab.metric("prefix_hit_tokens_total") == 20

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.unit.workers.attention.harness import Lab, make_spec, open_engine
 from wire.errors import Overloaded
-from workers.attention.types import NewToken, Sampling, Source
+from workers.attention.types import NewToken, RowsUnwanted, Sampling, Source
 
 PROMPT = tuple(random.Random(5).choices(range(3, 320), k=21))
 
@@ -66,6 +66,7 @@ def test_sequence_whose_rows_are_under_way_starts_again_here() -> None:
         assert high.tokens() == expected[1]
         assert remote.tokens() == expected[0]
         assert lab.metric("preemptions_total", state="receiving") == 1
+        assert sum(isinstance(event, RowsUnwanted) for event in remote.events) == 1
 
 
 def test_cancelled_while_preempted_leaves_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.reference_data import SHAPES, Golden, goldens
 from tests.unit.workers.attention.harness import Lab, Listener, make_spec, open_engine
-from workers.attention.types import CacheRows, Finish, Sampling, Source
+from workers.attention.types import CacheRows, Finish, NewToken, Sampling, Source
 
 GOLDEN = goldens("default")[2]
 """40 tokens, 3 layers."""
@@ -60,7 +60,7 @@ def test_decode_from_received_rows_is_that_of_the_golden(shape: str) -> None:
     with open_engine(shape) as lab:
         to = receiver(lab, golden)
         send(lab, to, given.rows())
-        lab.engine.finish_transfer(to.spec.key, given.events[-1].token_id)
+        lab.engine.finish_transfer(to.spec.key, given.events[-1])
         assert to.tokens() == golden.tensor("greedy").tolist()
         assert lab.metric("tokens_total", phase="prefill") == 0
         assert lab.metric("kv_bytes_total", direction="received") == sum(
@@ -74,7 +74,7 @@ def test_sampled_decode_from_received_rows_equals_one_engine() -> None:
     with open_engine("default") as lab:
         to = receiver(lab, sampling=sampling)
         send(lab, to, given.rows())
-        lab.engine.finish_transfer(to.spec.key, given.events[-1].token_id)
+        lab.engine.finish_transfer(to.spec.key, given.events[-1])
         assert to.tokens() == lab.run(GOLDEN.prompt, max_tokens=16, sampling=sampling)
 
 
@@ -88,7 +88,7 @@ def test_transferred_first_token_may_be_the_last(
     with open_engine("default") as lab:
         to = receiver(lab, max_tokens=max_tokens, stop_token_ids=stop_token_ids)
         send(lab, to, given.rows())
-        lab.engine.finish_transfer(to.spec.key, first)
+        lab.engine.finish_transfer(to.spec.key, NewToken(first, None))
         assert to.tokens() == [first]
         assert to.finish() is finish
 
@@ -123,7 +123,7 @@ def test_rows_behind_a_cancel_are_counted_and_ignored() -> None:
         send(lab, to, given[:2])
         lab.engine.cancel(to.spec)
         send(lab, to, given[2:])
-        lab.engine.finish_transfer(to.spec.key, 5)
+        lab.engine.finish_transfer(to.spec.key, NewToken(5, None))
         lab.is_empty()
         assert to.is_silent()
         assert lab.metric("kv_refused_total", reason="not_receiving") == 7
@@ -137,7 +137,7 @@ def test_rows_of_an_older_attempt_do_not_reach_the_newer() -> None:
         new = receiver(lab, attempt=1)
         send(lab, old, given)
         send(lab, new, given)
-        lab.engine.finish_transfer(new.spec.key, int(GOLDEN.tensor("greedy")[0]))
+        lab.engine.finish_transfer(new.spec.key, NewToken(int(GOLDEN.tensor("greedy")[0]), None))
         assert new.tokens() == GOLDEN.tensor("greedy").tolist()
         assert lab.metric("kv_refused_total", reason="not_receiving") == len(given)
 
@@ -159,5 +159,5 @@ def test_others_run_while_rows_arrive() -> None:
         to = receiver(lab)
         assert lab.run(GOLDEN.prompt, max_tokens=16) == GOLDEN.tensor("greedy").tolist()
         send(lab, to, given.rows())
-        lab.engine.finish_transfer(to.spec.key, given.events[-1].token_id)
+        lab.engine.finish_transfer(to.spec.key, given.events[-1])
         assert to.tokens() == GOLDEN.tensor("greedy").tolist()

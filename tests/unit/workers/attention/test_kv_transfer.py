@@ -44,7 +44,7 @@ def test_rows_arrive_as_they_were_sent(layer_idx: int, first: int, num_rows: int
 
 
 def test_first_token_and_signs_of_life_arrive() -> None:
-    for event in (NewToken(99, None), Alive()):
+    for event in (NewToken(99, None), NewToken(99, None, 32), Alive()):
         assert decode_transfer(FENCE, encode_transfer(FENCE, event)) == event
 
 
