@@ -1,11 +1,12 @@
 """What changes logits before a token is chosen, greedy or not; docs/sampling.md has the whole order."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from workers.attention.types import SequenceSpec
+from workers.attention.types import Sampling, SequenceSpec
 
 
 def adjust_logits(logits_V: Tensor, spec: SequenceSpec, token_ids: Sequence[int]) -> Tensor:
@@ -41,13 +42,24 @@ def adjust_logits(logits_V: Tensor, spec: SequenceSpec, token_ids: Sequence[int]
         adjusted_V[list(ids)] += adjusted_V.new_tensor(biases)
     if sampling.repetition_penalty != 1.0:
         _penalize_repetition(adjusted_V, token_ids, penalty=sampling.repetition_penalty)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        output = torch.tensor(output_ids, dtype=torch.int64, device=logits_V.device)
-        counts_V = torch.bincount(output, minlength=logits_V.shape[0]).double()
-        adjusted_V -= sampling.frequency_penalty * counts_V + sampling.presence_penalty * counts_V.clamp(
-            max=1
-        )
+    if output_ids and (sampling.presence_penalty or sampling.frequency_penalty):
+        _penalize_output(adjusted_V, output_ids, sampling)
     return adjusted_V
+
+
+def _penalize_repetition(logits_V: Tensor, token_ids: Sequence[int], *, penalty: float) -> None:
+    """Makes every token that is there less probable (penalty > 1), whatever the sign of its logit."""
+    seen = torch.tensor(sorted(set(token_ids)), dtype=torch.int64, device=logits_V.device)
+    logits = logits_V[seen]
+    logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def _penalize_output(logits_V: Tensor, output_ids: Sequence[int], sampling: Sampling) -> None:
+    """Takes from the tokens of the output, touching no other: a vocabulary is larger than most outputs."""
+    id_to_count = Counter(output_ids)
+    ids = torch.tensor(list(id_to_count), dtype=torch.int64, device=logits_V.device)
+    counts = logits_V.new_tensor(list(id_to_count.values()))
+    logits_V[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
 
 
 def _mask_end(logits_V: Tensor, stop_token_ids: frozenset[int]) -> None:
@@ -56,10 +68,3 @@ def _mask_end(logits_V: Tensor, stop_token_ids: frozenset[int]) -> None:
     masked_V[sorted(stop_token_ids)] = float("-inf")
     if not bool(masked_V.isneginf().all()):
         logits_V.copy_(masked_V)
-
-
-def _penalize_repetition(logits_V: Tensor, token_ids: Sequence[int], *, penalty: float) -> None:
-    """Makes every token that is there less probable (penalty > 1), whatever the sign of its logit."""
-    seen = torch.tensor(sorted(set(token_ids)), dtype=torch.int64, device=logits_V.device)
-    logits = logits_V[seen]
-    logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)

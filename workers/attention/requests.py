@@ -35,6 +35,10 @@ def read_sequence(
         PromptTooLong: prompt and new tokens exceed the model's context.
     """
     check_tokens(request.token_ids, config)
+    wrong = [token_id for token_id in request.stop_token_ids if token_id >= config.vocab_size]
+    if wrong:
+        message = f"stop_token_ids: {wrong[0]} is outside the vocabulary of {config.vocab_size}"
+        raise InvalidRequest(message, field="stop_token_ids")
     num_tokens = len(request.token_ids) + request.max_tokens
     if request.max_tokens == 0:
         raise InvalidRequest("max_tokens: wanted at least 1, got 0", field="max_tokens")

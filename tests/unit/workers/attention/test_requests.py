@@ -129,6 +129,7 @@ def test_prefill_needs_rows_of_the_prompt_only(config: ModelConfig) -> None:
         ({"max_tokens": 0}, "max_tokens", "wanted at least 1, got 0"),
         ({"sampling": {"temperature": -0.1}}, "sampling.temperature", "got -0.1"),
         ({"sampling": {"logit_bias": {320: 1.0}}}, "sampling.logit_bias", "got 320"),
+        ({"stop_token_ids": [1, 320]}, "stop_token_ids", "320 is outside the vocabulary of 320"),
         ({"prompt_tokens": 3}, "prompt_tokens", "wanted at most the 2 tokens given, got 3"),
     ],
 )
