@@ -375,17 +375,16 @@ class Engine:
         sequence = self._sequences.get(key)
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             return
-        num_tokens = len(sequence.spec.token_ids)
-        if not sequence.spec.takes_first_token:
-            sequence.num_cached_tokens = num_tokens - 1
-            sequence.phase = Phase.PREFILL
-            return
-        sequence.num_cached_tokens = num_tokens
-        self._prefix.publish(sequence)
+        is_whole = sequence.spec.takes_first_token
+        sequence.num_cached_tokens = len(sequence.spec.token_ids) - (0 if is_whole else 1)
         # Either worker had that much: those tokens were not computed for this request.
         num_reused_tokens = max(sequence.num_reused_tokens, token.num_cached_tokens)
         sequence.num_reused_tokens = min(num_reused_tokens, sequence.num_cached_tokens)
-        self._append(sequence, ChosenToken(token.token_id))
+        self._prefix.publish(sequence)
+        if is_whole:
+            self._append(sequence, ChosenToken(token.token_id))
+        else:
+            sequence.phase = Phase.PREFILL
 
     def _on_compute_here(self, key: Key) -> None:
         sequence = self._sequences.get(key)

@@ -15,7 +15,7 @@ from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
 from model.byte_tokenizer import FIRST_BYTE_ID, make_tokenizer
-from tests.unit.workers.attention.harness import make_spec, open_engine
+from tests.unit.workers.attention.harness import Lab, make_spec, open_engine
 from tests.unit.workers.attention.test_engine_drafts import open_drafting
 from tests.unit.workers.attention.test_engine_text import mixed_prompts
 from wire.errors import InvalidRequest
@@ -241,6 +241,35 @@ def test_engine_makes_texts_of_the_grammar_with_drafts_and_without(
     for i, output in ended:
         text = bytes(token_id - FIRST_BYTE_ID for token_id in output[:-1]).decode(errors="replace")
         assert is_match(GRAMMARS[i % len(GRAMMARS)], text)
+
+
+def test_preempted_sequences_go_on_in_their_grammars(compiler: GrammarCompiler) -> None:
+    """Each begins in 6 pages and grows to 11: three begin in 20 pages and one ends there."""
+    grammar = Grammar("regex", "[a-z0-9 ]{30}")
+
+    def ask_all(lab: Lab) -> list[list[int]]:
+        lab.door.hold()
+        listeners = [
+            lab.submit(
+                make_spec(
+                    [*range(20 + i, 41 + i)],
+                    request_id=str(i),
+                    max_tokens=24,
+                    sampling=Sampling(temperature=1.5, seed=i),
+                    matcher=compiler.compile(grammar),
+                )
+            )
+            for i in range(4)
+        ]
+        lab.door.open()
+        return [listener.tokens() for listener in listeners]
+
+    with open_engine("sparse") as lab:
+        alone = ask_all(lab)
+    with open_engine("sparse", num_pages=20, lookahead_tokens=1) as lab:
+        assert ask_all(lab) == alone
+        assert sum(lab.metric("preemptions_total", state=s) for s in ("prefill", "decode")) > 0
+    assert all(re.fullmatch(b"[a-z0-9 ]{24}", bytes(i - FIRST_BYTE_ID for i in ids)) for ids in alone)
 
 
 @pytest.mark.parametrize("num_before", [1, 4, 8])

@@ -110,7 +110,29 @@ def test_received_prompt_is_told_of_like_a_computed_one(is_drafting: bool) -> No
     with open_drafting() if is_drafting else open_engine("mtp") as lab:
         received = receiver(lab, golden, sampling=sampling, max_tokens=12)
         send(lab, received, given.rows())
-        lab.engine.finish_transfer(received.spec.key, 319)
+        lab.engine.finish_transfer(received.spec.key, NewToken(319, None))
         got = received.tokens(), told(received)
         computed = lab.submit(make_spec(golden.prompt, request_id="c", sampling=sampling, max_tokens=12))
         assert (computed.tokens(), told(computed)) == got
+
+
+def test_preempted_sequences_are_told_of_once_and_the_same() -> None:
+    """Three begin in 20 pages of 4 tokens and one ends there: others start again, prompt and all."""
+    prompts = [golden.prompt[:21] for golden in goldens("sparse") if len(golden.prompt) >= 21][:3]
+    prompts = [[*prompt[i:], *prompt[:i]] for i, prompt in enumerate([prompts[0]] * 4)]
+    sampling = Sampling(temperature=1.0, seed=4, logprobs=1, prompt_logprobs=1, frequency_penalty=0.5)
+
+    def ask_all(lab: Lab) -> list[object]:
+        lab.door.hold()
+        listeners = [
+            lab.submit(make_spec(prompt, request_id=str(i), max_tokens=24, sampling=sampling))
+            for i, prompt in enumerate(prompts)
+        ]
+        lab.door.open()
+        return [(listener.tokens(), told(listener)) for listener in listeners]
+
+    with open_engine("sparse") as lab:
+        alone = ask_all(lab)
+    with open_engine("sparse", num_pages=20, lookahead_tokens=1) as lab:
+        assert ask_all(lab) == alone
+        assert sum(lab.metric("preemptions_total", state=s) for s in ("prefill", "decode")) > 0
