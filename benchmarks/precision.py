@@ -1,6 +1,6 @@
 """What each precision costs in accuracy: the table of docs/precision.md.
 
-    .venv/bin/python benchmarks/precision.py [--dtypes float32,bfloat16,fp8,int8] [--json]
+    .venv/bin/python benchmarks/precision.py [--dtypes float32,bfloat16,fp8,int8] [--kv float32] [--json]
 
 Every prompt of the reference checkpoints (tests/data/reference) is scored in one process; the logits are
 compared with the goldens, which two other implementations computed in FP32. The checkpoints are small and
@@ -22,6 +22,7 @@ from torch import Tensor
 from cluster.scoring import score_in_process
 from model.precision import PRECISIONS, Precision
 from tests.reference_data import SHAPES, checkpoint_dir, goldens
+from workers.config import KvConfig
 
 CHUNK_TOKENS = 512
 
@@ -32,6 +33,7 @@ class Accuracy:
 
     shape: str
     dtype: str
+    """Of the weights; with "+ kv" the form of the cache."""
     top1: float
     """Share of positions with the same best token."""
     mean_kl: float
@@ -44,27 +46,31 @@ class Accuracy:
 
 def main(
     dtypes: Annotated[str, typer.Option(help="With commas between.")] = "float32,bfloat16,fp8,int8",
+    kv: Annotated[str, typer.Option(help="Forms of the cache: float32, bfloat16, fp8.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Compares every reference checkpoint in every precision with its goldens."""
     names = [name for part in dtypes.split(",") for name in PRECISIONS if name == part.strip()]
     if len(names) != len(dtypes.split(",")):
         raise typer.BadParameter(f"--dtypes: wanted some of {', '.join(PRECISIONS)}; got {dtypes}")
-    rows = [compare(shape, dtype) for shape in SHAPES for dtype in names]
+    caches = [KvConfig.model_validate({"dtype": form.strip()}) for form in kv.split(",")]
+    rows = [compare(shape, dtype, cache) for shape in SHAPES for dtype in names for cache in caches]
     print(json.dumps([asdict(row) for row in rows])) if as_json else show(rows)
 
 
-def compare(shape: str, dtype: Precision) -> Accuracy:
+def compare(shape: str, dtype: Precision, cache: KvConfig) -> Accuracy:
     """One row of the table."""
     expected = goldens(shape)
     prompts = [golden.prompt for golden in expected]
-    scored = score_in_process(str(checkpoint_dir(shape)), prompts, dtype=dtype, chunk_tokens=CHUNK_TOKENS)
+    scored = score_in_process(
+        str(checkpoint_dir(shape)), prompts, dtype=dtype, chunk_tokens=CHUNK_TOKENS, kv=cache
+    )
     wanted = torch.cat([golden.tensor("logits") for golden in expected])
     got = torch.cat([tensors["logits"] for tensors in scored])
     kl = divergence(wanted, got)
     return Accuracy(
         shape=shape,
-        dtype=dtype,
+        dtype=dtype if cache.dtype == "float32" else f"{dtype} + kv {cache.dtype}",
         top1=float((wanted.argmax(-1) == got.argmax(-1)).float().mean()),
         mean_kl=float(kl.mean()),
         median_kl=float(kl.median()),

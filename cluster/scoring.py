@@ -22,7 +22,7 @@ from wire.rpc import CHANNEL_OPTIONS, SCORE_METHOD
 from workers.attention.build import EngineConfig, build_whole_engine
 from workers.attention.requests import read_score
 from workers.checkpoint import open_checkpoint
-from workers.config import AttentionConfig, ComputeConfig
+from workers.config import AttentionConfig, ComputeConfig, KvConfig
 
 _PREFILL = "prefill-0"
 
@@ -33,6 +33,7 @@ def score_in_process(
     *,
     dtype: Precision,
     chunk_tokens: int,
+    kv: KvConfig | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[dict[str, Tensor]]:
     """The tensors of each prompt, computed in this process with the same engine and no Ray.
@@ -43,7 +44,7 @@ def score_in_process(
     checkpoint = open_checkpoint(find_model(model).path)
     requests = [attention_pb2.ScoreRequest(token_ids=prompt, chunk_tokens=chunk_tokens) for prompt in prompts]
     specs = [read_score(request, checkpoint.config, max_chunk_tokens=chunk_tokens) for request in requests]
-    config = EngineConfig(group=_group_for(prompts), compute=ComputeConfig(dtype=dtype))
+    config = EngineConfig(group=_group_for(prompts), compute=ComputeConfig(dtype=dtype), kv=kv or KvConfig())
     engine = build_whole_engine(
         checkpoint, config=config, metrics=Metrics("attention"), on_progress=on_progress
     )

@@ -99,6 +99,8 @@ def attention(x_TD: Tensor, weights: AttentionWeights, step: Step, *, layer_idx:
     q_TQ, latent_TX, key_TI = weights.inputs_FD(x_TD)
     q_TQ = kernels.rms_norm(q_TQ, weights.query_norm_Q, eps=config.rms_norm_eps)
     kernels.store_rows(latent_TX, key_TI, weights.cache_norms, step.table, cached)
+    if cached.on_stored is not None:
+        cached.on_stored()
     query_THQ = weights.query_b_HQ(q_TQ).view(-1, config.num_attention_heads, config.qk_head_dim)
     query_THQ = kernels.rotate_queries(query_THQ, step.table, config)
     reads = _absorbed_reads(x_TD, q_TQ, weights, step, cached=cached, layer_idx=layer_idx)

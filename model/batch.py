@@ -90,6 +90,8 @@ class LayerCache:
     """(T,) int64: where the rows of the batch go."""
     context_S: tuple[Tensor, ...]
     """For each span (S,) int64: the rows of its sequence, those of this step too, in order of position."""
+    on_stored: Callable[[], None] | None = None
+    """Called by attention when the batch's rows are stored, before it reads any; None = nobody cares."""
 
     def append(self, rows_TW: Tensor) -> None:
         """Stores the batch's rows, (T, W)."""

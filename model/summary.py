@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from model.checkpoint import CHANNEL_SUFFIX, SCALE_SUFFIX, Checkpoint
+from model.compact_rows import CompactForm, RowCodec
+from model.config import ModelConfig
 from model.tensor_names import expected_tensors, mlp_tensors
 
 FLOAT32_BYTES = 4
@@ -46,7 +48,9 @@ class CheckpointSummary:
     all_experts_bytes: int
     """Every routed expert of every layer once: divide by expert workers, multiply by replicas."""
     kv_bytes_per_token: int
-    """Cache rows of one token over all layers."""
+    """Cache rows of one token over all layers, the indexer's keys among them, in FP32."""
+    kv_bytes_by_form: dict[str, int]
+    """The same in each form of `kv.dtype`."""
 
 
 def summarise(checkpoint: Checkpoint) -> CheckpointSummary:
@@ -77,7 +81,16 @@ def summarise(checkpoint: Checkpoint) -> CheckpointSummary:
         expert_bytes=expert * FLOAT32_BYTES,
         all_experts_bytes=routed * FLOAT32_BYTES,
         kv_bytes_per_token=config.cache_layout().width * config.num_cache_layers * FLOAT32_BYTES,
+        kv_bytes_by_form=_kv_bytes_by_form(config),
     )
+
+
+def _kv_bytes_by_form(config: ModelConfig) -> dict[str, int]:
+    layout, num_layers = config.cache_layout(), config.num_cache_layers
+    forms: tuple[CompactForm, ...] = ("bfloat16", "fp8")
+    row_bytes = {"float32": layout.width * FLOAT32_BYTES}
+    row_bytes.update((form, RowCodec(layout, form).row_bytes) for form in forms)
+    return {form: num_bytes * num_layers for form, num_bytes in row_bytes.items()}
 
 
 def _dtype_bytes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -64,7 +64,7 @@ class FrameKind(enum.IntEnum):
     ERROR = 3
     """Answer to any call: meta is `ErrorName: message`."""
     KV = 4
-    """One layer of finished cache rows: (T, W) float32; meta is a KvHeader."""
+    """One layer of finished cache rows, (T, B) float32 or uint8; meta is a KvHeader."""
     FIRST_TOKEN = 5
     """End of a prefill: the first new token, (1,) int32; meta is a KvHeader."""
     SCORES = 6

@@ -99,6 +99,11 @@ METRICS: tuple[MetricSpec, ...] = (
         "Grammars of structured outputs, by whether they were compiled or kept from earlier.",
         ("result",),
     ),
+    MetricSpec(
+        "moray_attention_kv_token_bytes",
+        Kind.GAUGE,
+        "Cache bytes of one token in all layers, indexer keys too.",
+    ),
     MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),
     MetricSpec(
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)

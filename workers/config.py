@@ -73,8 +73,8 @@ class KvConfig(FrozenConfig):
 
     page_tokens: int = Field(16, ge=1, le=4096)
     """Tokens of one page."""
-    dtype: Literal["float32"] = "float32"
-    """How cached values are held."""
+    dtype: Literal["float32", "bfloat16", "fp8"] = "float32"
+    """How latents and rope keys are held; fp8 = latents in E4M3 with factors, rope keys in bfloat16."""
     lease_s: float = Field(4.0, gt=0, le=600)
     """Seconds without a sign of the other worker before a hand-over is given up and its pages are freed."""
     index_keys: Literal["float32", "int8"] = "float32"

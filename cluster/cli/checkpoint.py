@@ -127,6 +127,7 @@ def _rows(summary: "CheckpointSummary") -> list[tuple[str, str]]:
         f"{summary.num_experts} per layer, {summary.num_experts_per_token} of them"
         f" and {summary.num_shared_experts} shared per token"
     )
+    forms = ", ".join(f"{_bytes_text(count)} in {form}" for form, count in summary.kv_bytes_by_form.items())
     return [
         ("parameters", f"{summary.num_parameters:,} ({summary.num_active_parameters:,} active per token)"),
         ("stored", f"{stored} in {summary.num_files} file(s)"),
@@ -135,7 +136,7 @@ def _rows(summary: "CheckpointSummary") -> list[tuple[str, str]]:
         ("context", f"{summary.context_tokens:,} tokens"),
         ("fingerprint", summary.fingerprint),
         ("weights of an attention worker", _bytes_text(summary.attention_worker_bytes)),
-        ("cache of one token", _bytes_text(summary.kv_bytes_per_token)),
+        ("cache of one token", forms),
         ("one expert in memory", _bytes_text(summary.expert_bytes)),
     ]
 

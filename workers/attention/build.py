@@ -108,8 +108,10 @@ def _engine(
         num_pages=config.group.num_pages,
         page_tokens=config.kv.page_tokens,
         layout=model.cache_layout(config.kv.index_keys),
+        form=config.kv.dtype,
         device=packing.device,
     )
+    metrics.gauge("kv_token_bytes").set(cache.num_bytes() // (pages.num_pages * pages.page_tokens))
     speculation = None
     if model.num_nextn_predict_layers and config.mtp.max_drafts:
         drafter = MtpDrafter(transformer=transformer, cache=cache, experts=experts)

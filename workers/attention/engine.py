@@ -143,9 +143,9 @@ class Engine:
         return self._transformer.config
 
     @property
-    def row_width(self) -> int:
-        """Values of a cache row in one layer."""
-        return self._cache.width
+    def cache(self) -> PagedCache:
+        """Its cache; only the engine thread may read or write rows."""
+        return self._cache
 
     def add_rows(self, key: Key, rows: CacheRows) -> None:
         """Stores cache rows that a prefill worker sent, accepted by a `Receipt`."""
@@ -365,11 +365,11 @@ class Engine:
         if sequence is None or sequence.phase is not Phase.RECEIVING:
             self._metrics.counter("kv_refused_total", reason="not_receiving").inc()
             return
-        begin, end = rows.first_token_idx, rows.first_token_idx + rows.rows_TW.shape[0]
+        begin, end = rows.first_token_idx, rows.first_token_idx + rows.rows_TB.shape[0]
         # The copy is needed: the array is a read-only view of the received bytes.
         flat_T = self._cache.flat_rows(sequence.pages, begin=begin, end=end)
-        self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TW.copy()).to(flat_T.device))
-        self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TW.nbytes)
+        self._cache.write(rows.layer_idx, flat_T, torch.from_numpy(rows.rows_TB.copy()).to(flat_T.device))
+        self._metrics.counter("kv_bytes_total", direction="received").inc(rows.rows_TB.nbytes)
 
     def _on_transferred(self, key: Key, token: NewToken) -> None:
         sequence = self._sequences.get(key)

@@ -53,5 +53,5 @@ def hand_over(cache: PagedCache, wanted: list[HandedRows], layer_idx: int) -> No
     """Gives a layer's rows to the sinks of their sequences, as copies."""
     for rows in wanted:
         flat_T = cache.flat_rows(rows.sequence.pages, begin=rows.begin, end=rows.end)
-        rows_TW = cache.read(layer_idx, flat_T).cpu().numpy()
-        rows.sequence.sink(CacheRows(layer_idx, rows.begin, rows_TW))
+        rows_TB = cache.read(layer_idx, flat_T).cpu().numpy()
+        rows.sequence.sink(CacheRows(layer_idx, rows.begin, rows_TB))

@@ -21,7 +21,9 @@ class Wanted:
     first_row: int = 0
     """The rows before are there already."""
     row_width: int
-    """W."""
+    """B, places of a stored row."""
+    row_dtype: str
+    """Of a place."""
     vocab_size: int
 
 
@@ -41,10 +43,10 @@ class Receipt:
         Raises:
             FrameInvalid: they are not what comes next; its field names the reason.
         """
-        begin, end = rows.first_token_idx, rows.first_token_idx + len(rows.rows_TW)
+        begin, end = rows.first_token_idx, rows.first_token_idx + len(rows.rows_TB)
         reason = self._why_not(rows, begin, end)
         if reason:
-            what = f"rows [{begin}, {end}) of layer {rows.layer_idx}, shape {rows.rows_TW.shape}"
+            what = f"rows [{begin}, {end}) of layer {rows.layer_idx}, shape {rows.rows_TB.shape}"
             raise FrameInvalid(f"cache {what}: {reason}; {self._state(rows.layer_idx)}", field=reason)
         self.ends[rows.layer_idx] = end
 
@@ -68,8 +70,9 @@ class Receipt:
             return "late"
         if not 0 <= rows.layer_idx < self.wanted.num_layers:
             return "layer"
-        is_shaped = rows.rows_TW.ndim == 2 and rows.rows_TW.shape[1] == self.wanted.row_width
-        if not is_shaped or begin == end or end > self.wanted.num_tokens:
+        wanted = (self.wanted.row_width, self.wanted.row_dtype)
+        is_stored_form = (*rows.rows_TB.shape[1:], rows.rows_TB.dtype.name) == wanted
+        if not is_stored_form or begin == end or end > self.wanted.num_tokens:
             return "rows"
         next_row = self._next_row(rows.layer_idx)
         if begin != next_row:

@@ -131,7 +131,8 @@ class KvReceiver:
             num_layers=config.num_hidden_layers,
             num_tokens=len(spec.token_ids),
             first_row=first_row,
-            row_width=self.engine.row_width,
+            row_width=self.engine.cache.width,
+            row_dtype=self.engine.cache.dtype_name,
             vocab_size=config.vocab_size,
         )
 

@@ -15,6 +15,9 @@ from wire.frames import Array, Frame, FrameKind, decode_frame, encode_frame
 from wire.proto import attention_pb2
 from workers.attention.types import CacheRows, NewToken
 
+_ROWS = ([("float32", 2)], [("uint8", 2)])
+"""One tensor of stored rows, in either of their forms."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fence:
@@ -35,7 +38,7 @@ def encode_transfer(fence: Fence, event: CacheRows | NewToken | Alive) -> bytes:
     """The frame of one event of a prefill."""
     if isinstance(event, CacheRows):
         return _encode(
-            fence, FrameKind.KV, event.rows_TW, layer_idx=event.layer_idx, first=event.first_token_idx
+            fence, FrameKind.KV, event.rows_TB, layer_idx=event.layer_idx, first=event.first_token_idx
         )
     if isinstance(event, Alive):
         return _encode(fence, FrameKind.KV_ALIVE, None)
@@ -79,11 +82,11 @@ def decode_transfer(fence: Fence, data: bytes) -> CacheRows | NewToken | Alive:
     if got != fence:
         raise FrameInvalid(f"cache frame of {got}, wanted {fence}", field="fence")
     tensors = [(t.dtype.name, t.ndim, t.size) for t in frame.tensors]
-    if frame.kind is FrameKind.KV and [t[:2] for t in tensors] == [("float32", 2)]:
-        rows_TW = frame.tensors[0]
-        if len(rows_TW) != header.num_rows:
-            raise FrameInvalid(f"{len(rows_TW)} rows, its header says {header.num_rows}", field="rows")
-        return CacheRows(frame.layer_idx, header.first_token_idx, rows_TW)
+    if frame.kind is FrameKind.KV and [t[:2] for t in tensors] in _ROWS:
+        rows_TB = frame.tensors[0]
+        if len(rows_TB) != header.num_rows:
+            raise FrameInvalid(f"{len(rows_TB)} rows, its header says {header.num_rows}", field="rows")
+        return CacheRows(frame.layer_idx, header.first_token_idx, rows_TB)
     if frame.kind is FrameKind.FIRST_TOKEN and tensors == [("int32", 1, 1)]:
         return NewToken(int(frame.tensors[0][0]), None, header.num_cached_tokens)
     if frame.kind is FrameKind.KV_ALIVE and not tensors:

@@ -155,8 +155,8 @@ class CacheRows:
 
     layer_idx: int
     first_token_idx: int
-    rows_TW: Array
-    """(T, W) float32."""
+    rows_TB: Array
+    """(T, B) as the cache stores them: W float32 values, or uint8 of a compact form."""
 
 
 @dataclass(frozen=True)

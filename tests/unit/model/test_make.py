@@ -131,6 +131,11 @@ def test_summary_counts_what_the_files_hold(tmp_path: Path, dtype: DtypeName) ->
     assert summary.expert_bytes == 3 * 128 * 32 * 4
     assert summary.all_experts_bytes == 3 * 32 * summary.expert_bytes
     assert summary.kv_bytes_per_token == 4 * (64 + 16 + 32) * 4
+    assert summary.kv_bytes_by_form == {
+        "float32": summary.kv_bytes_per_token,
+        "bfloat16": 4 * ((64 + 16) * 2 + 32 * 4),
+        "fp8": 4 * (64 + 4 + 4 + 16 * 2 + 32 * 4),
+    }
     routed_active = 2 * 4 * summary.expert_bytes // 4
     assert (
         summary.num_active_parameters < summary.num_parameters - summary.num_routed_parameters + routed_active

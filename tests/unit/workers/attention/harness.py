@@ -18,6 +18,7 @@ from tests.reference_data import checkpoint_dir
 from wire.errors import MorayError
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, InProcessExperts, build_engine
+from workers.attention.cache import CacheForm
 from workers.attention.drafter import Speculation
 from workers.attention.engine import Engine
 from workers.attention.moe import Experts
@@ -223,6 +224,7 @@ def open_engine(
     *,
     page_tokens: int = PAGE_TOKENS,
     prefix_reuse: bool = True,
+    kv_dtype: CacheForm = "float32",
     max_drafts: int = 0,
     change_speculation: Callable[[Speculation], Speculation] = lambda speculation: speculation,
     **group: Any,
@@ -232,7 +234,7 @@ def open_engine(
     door, metrics = DoorExperts(experts), Metrics("attention")
     config = EngineConfig(
         group=AttentionConfig(**{"num_pages": 128, **group}),
-        kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse),
+        kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, dtype=kv_dtype),
         mtp=MtpConfig(max_drafts=max_drafts),
         change_speculation=change_speculation,
     )

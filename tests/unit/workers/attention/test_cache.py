@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.batch import DenseCache, make_batch
 from model.cache_layout import CacheLayout
-from workers.attention.cache import PagedCache
+from workers.attention.cache import CacheForm, PagedCache
 
 NUM_LAYERS, WIDTH = 2, 3
 LAYOUT = CacheLayout(latent=1, rope=1, index=1)
@@ -99,6 +100,23 @@ def test_what_is_read_is_a_copy() -> None:
     cache = PagedCache(num_layers=1, num_pages=1, page_tokens=2, layout=LAYOUT)
     cache.read(0, torch.tensor([0])).fill_(9.0)
     assert cache.read(0, torch.tensor([0])).tolist() == [[0.0] * WIDTH]
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "fp8"])
+def test_compact_rows_are_read_and_written_as_they_are_stored(form: CacheForm) -> None:
+    layout = CacheLayout(latent=130, rope=2, index=4)
+    cache = PagedCache(num_layers=2, num_pages=3, page_tokens=4, layout=layout, form=form)
+    assert cache.num_bytes() == 2 * 3 * 4 * cache.width
+    batch = make_batch([[0] * 5], first_positions=[0])
+    layer = cache.view(batch, [[2, 0]]).layer(1)
+    layer.append(torch.randn(5, layout.width))
+    assert layer.on_stored is not None
+    layer.on_stored()
+    stored_TB = cache.read(1, cache.flat_rows([2, 0], begin=0, end=5))
+    assert (stored_TB.dtype, cache.dtype_name) == (torch.uint8, "uint8")
+    cache.write(1, cache.flat_rows([1, 2], begin=0, end=5), stored_TB)
+    again = cache.view(make_batch([[0]], first_positions=[4]), [[1, 2]]).layer(1)
+    assert torch.equal(again.rows_NW[again.context_S[0]], layer.rows_NW[layer.context_S[0]])
 
 
 def test_bytes_are_those_of_all_layers_and_pages() -> None:

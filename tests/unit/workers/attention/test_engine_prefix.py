@@ -131,7 +131,7 @@ def rows_of(listener: Listener) -> dict[int, np.ndarray]:
     for event in listener.rows():
         parts = layers.setdefault(event.layer_idx, [])
         assert event.first_token_idx == sum(len(part) for part in parts)
-        parts.append(event.rows_TW)
+        parts.append(event.rows_TB)
     return {layer_idx: np.concatenate(parts) for layer_idx, parts in layers.items()}
 
 

@@ -48,7 +48,7 @@ def test_prefill_gives_every_row_of_every_main_layer_once_and_in_order(
         for begin, end in zip([0, *ends[:-1]], ends, strict=True)
         for layer_idx in range(num_layers)
     ]
-    assert [(r.layer_idx, r.first_token_idx, r.rows_TW.shape[0]) for r in listener.rows()] == expected
+    assert [(r.layer_idx, r.first_token_idx, r.rows_TB.shape[0]) for r in listener.rows()] == expected
     assert listener.events[-1].token_id == golden.tensor("greedy")[0]
     assert listener.is_silent()
 
@@ -64,7 +64,7 @@ def test_decode_from_received_rows_is_that_of_the_golden(shape: str) -> None:
         assert to.tokens() == golden.tensor("greedy").tolist()
         assert lab.metric("tokens_total", phase="prefill") == 0
         assert lab.metric("kv_bytes_total", direction="received") == sum(
-            rows.rows_TW.nbytes for rows in given.rows()
+            rows.rows_TB.nbytes for rows in given.rows()
         )
 
 
@@ -100,7 +100,7 @@ def test_sequence_that_nobody_sends_rows_for_is_computed_here() -> None:
         to = receiver(lab)
         send(lab, to, given[:4])
         lab.engine.compute_here(to.spec.key)
-        send(lab, to, [replace(given[4], rows_TW=given[4].rows_TW + 1)])
+        send(lab, to, [replace(given[4], rows_TB=given[4].rows_TB + 1)])
         assert to.tokens() == GOLDEN.tensor("greedy").tolist()
         assert lab.metric("kv_refused_total", reason="not_receiving") == 1
 
@@ -147,7 +147,7 @@ def test_rows_for_a_sequence_that_computes_itself_are_refused() -> None:
     with open_engine("default") as lab:
         lab.door.hold()
         local = lab.submit(make_spec(GOLDEN.prompt, max_tokens=16)).admitted()
-        send(lab, local, [replace(given[0], rows_TW=given[0].rows_TW + 1)])
+        send(lab, local, [replace(given[0], rows_TB=given[0].rows_TB + 1)])
         lab.door.open()
         assert local.tokens() == GOLDEN.tensor("greedy").tolist()
         assert lab.metric("kv_refused_total", reason="not_receiving") == 1

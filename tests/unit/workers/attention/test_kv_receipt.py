@@ -11,7 +11,7 @@ from wire.errors import FrameInvalid
 from workers.attention.kv_receipt import Receipt, Wanted
 from workers.attention.types import CacheRows
 
-WANTED = Wanted(num_layers=2, num_tokens=40, row_width=3, vocab_size=100)
+WANTED = Wanted(num_layers=2, num_tokens=40, row_width=3, row_dtype="float32", vocab_size=100)
 
 
 def rows(layer_idx: int, begin: int, end: int) -> CacheRows:
@@ -48,9 +48,10 @@ def test_example_of_the_module() -> None:
         (rows(-1, 0, 16), "layer"),
         (rows(0, 16, 41), "rows"),
         (rows(0, 16, 16), "rows"),
-        (replace(NEXT, rows_TW=NEXT.rows_TW[:, :-1]), "rows"),
-        (replace(NEXT, rows_TW=NEXT.rows_TW[0]), "rows"),
-        (replace(NEXT, rows_TW=NEXT.rows_TW[None]), "rows"),
+        (replace(NEXT, rows_TB=NEXT.rows_TB[:, :-1]), "rows"),
+        (replace(NEXT, rows_TB=NEXT.rows_TB[0]), "rows"),
+        (replace(NEXT, rows_TB=NEXT.rows_TB.astype(np.uint8)), "rows"),
+        (replace(NEXT, rows_TB=NEXT.rows_TB[None]), "rows"),
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ def header(**fields: Any) -> bytes:
 
 
 def frame(**fields: Any) -> bytes:
-    base = Frame(kind=FrameKind.KV, tensors=(ROWS.rows_TW,), layer_idx=1, meta=header())
+    base = Frame(kind=FrameKind.KV, tensors=(ROWS.rows_TB,), layer_idx=1, meta=header())
     return encode_frame(replace(base, **fields))
 
 
@@ -35,12 +35,12 @@ def frame(**fields: Any) -> bytes:
     seed=st.integers(0, 99),
 )
 def test_rows_arrive_as_they_were_sent(layer_idx: int, first: int, num_rows: int, seed: int) -> None:
-    rows_TW = np.random.default_rng(seed).standard_normal((num_rows, 7), dtype=np.float32)
-    got = decode_transfer(FENCE, encode_transfer(FENCE, CacheRows(layer_idx, first, rows_TW)))
+    rows_TB = np.random.default_rng(seed).standard_normal((num_rows, 7), dtype=np.float32)
+    got = decode_transfer(FENCE, encode_transfer(FENCE, CacheRows(layer_idx, first, rows_TB)))
     assert isinstance(got, CacheRows)
     assert (got.layer_idx, got.first_token_idx) == (layer_idx, first)
-    assert got.rows_TW.dtype == np.float32
-    np.testing.assert_array_equal(got.rows_TW, rows_TW)
+    assert got.rows_TB.dtype == np.float32
+    np.testing.assert_array_equal(got.rows_TB, rows_TB)
 
 
 def test_first_token_and_signs_of_life_arrive() -> None:
@@ -68,11 +68,11 @@ def test_every_frame_says_which_pull_it_is_for_and_how_many_rows_it_has() -> Non
         ({"kind": FrameKind.SCORES}, "does not send SCORES with 1 tensors"),
         ({"kind": FrameKind.FORWARD}, "does not send FORWARD"),
         ({"tensors": ()}, "does not send KV with 0 tensors"),
-        ({"tensors": (ROWS.rows_TW,) * 2}, "does not send KV with 2 tensors"),
-        ({"tensors": (ROWS.rows_TW.astype(np.float64),)}, "does not send KV"),
+        ({"tensors": (ROWS.rows_TB,) * 2}, "does not send KV with 2 tensors"),
+        ({"tensors": (ROWS.rows_TB.astype(np.float64),)}, "does not send KV"),
         ({"tensors": (np.float32(1),)}, "does not send KV"),
-        ({"tensors": (ROWS.rows_TW[0],)}, "does not send KV"),
-        ({"tensors": (ROWS.rows_TW[None],)}, "does not send KV"),
+        ({"tensors": (ROWS.rows_TB[0],)}, "does not send KV"),
+        ({"tensors": (ROWS.rows_TB[None],)}, "does not send KV"),
         ({"kind": FrameKind.FIRST_TOKEN}, "does not send FIRST_TOKEN"),
         ({"kind": FrameKind.FIRST_TOKEN, "tensors": (np.zeros(2, np.int32),)}, "does not send FIRST_TOKEN"),
         ({"kind": FrameKind.FIRST_TOKEN, "tensors": (np.full(1, np.nan, np.float32),)}, "FIRST_TOKEN"),
