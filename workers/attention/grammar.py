@@ -83,7 +83,7 @@ class GrammarMatcher:
             problem = self._matcher.get_error()
             # A matcher that failed is of no use any more, and the next output may be another.
             self._matcher, self._consumed = self._beginning.deep_copy(), []
-            raise GrammarTooComplex(problem.strip())
+            raise GrammarTooComplex(_in_one_line(problem))
         mask_V = np.unpackbits(bits, bitorder="little")[: self._vocab_tokens]
         return torch.from_numpy(mask_V.astype(np.bool_))
 
@@ -149,9 +149,8 @@ class GrammarCompiler:
         except Exception as error:  # noqa: BLE001  llguidance raises bare Exception; mapped to the field
             problem = str(error)
         if problem:
-            raise InvalidRequest(
-                f"{field}: wanted one that can be compiled; got {problem.strip()}", field=field
-            )
+            message = f"{field}: wanted one that can be compiled; got {_in_one_line(problem)}"
+            raise InvalidRequest(message, field=field)
         return matcher
 
 
@@ -163,6 +162,11 @@ def _rules(grammar: Grammar) -> str:
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
+
+
+def _in_one_line(problem: str) -> str:
+    """What llguidance says over several lines."""
+    return " ".join(problem.split())
 
 
 def _shorten_tokens(tokenizer_json: str) -> str:

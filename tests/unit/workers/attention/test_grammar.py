@@ -157,6 +157,7 @@ def test_what_is_no_grammar_is_refused_by_its_field(
         compiler.compile(grammar)
     assert caught.value.field == f"sampling.{grammar.kind}"
     assert said in caught.value.message
+    assert "\n" not in caught.value.message
 
 
 def test_checkpoint_without_a_tokenizer_is_named(tmp_path: Path) -> None:
