@@ -13,8 +13,10 @@ from torch import Tensor
 from model.batch import Batch, make_batch
 from model.config import ModelConfig
 from model.transformer import Transformer
+from wire.errors import Overloaded
 from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
+from workers.attention.pages import PageAllocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,35 @@ class ChoiceTrace:
             tensors["expert_ids"] = torch.stack([torch.cat([ids for ids, _ in parts]) for parts in gates])
             tensors["expert_weights"] = torch.stack([torch.cat([w for _, w in parts]) for parts in gates])
         return tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores prompts between two steps of an engine, in pages that are free again afterwards."""
+
+    transformer: Transformer
+    cache: PagedCache
+    pages: PageAllocator
+    experts: Experts
+
+    def score(self, spec: ScoreSpec) -> dict[str, Tensor]:
+        """The tensors of `score_prompt`.
+
+        Raises:
+            Overloaded: the pages do not suffice now.
+            MorayError: an expert worker could not be reached in time.
+        """
+        num_tokens = len(spec.token_ids)
+        if not self.pages.can_reserve(num_tokens):
+            num_pages = self.pages.num_available
+            raise Overloaded(f"{num_pages} free pages do not hold the prompt; try later")
+        pages = self.pages.reserve(spec, num_tokens=num_tokens)
+        try:
+            return score_prompt(
+                spec, transformer=self.transformer, cache=self.cache, pages=pages, experts=self.experts
+            )
+        finally:
+            self.pages.release(spec)
 
 
 def score_prompt(

@@ -183,6 +183,16 @@ class Lab:
         self.engine.submit(spec, listener)
         return listener
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """The engine takes what is submitted meanwhile all at once, before its next step."""
+        go_on = threading.Event()
+        self.engine._commands.put(lambda: _wait(go_on))
+        try:
+            yield
+        finally:
+            go_on.set()
+
     def run(self, prompt: Sequence[int], **fields: Any) -> list[int]:
         """The tokens of one sequence, alone."""
         fields.setdefault("request_id", f"alone-{next(_NUMBERS)}")
@@ -216,6 +226,10 @@ class Lab:
 
 
 _NUMBERS = itertools.count()
+
+
+def _wait(event: threading.Event) -> None:
+    event.wait(WAIT_S)
 
 
 @contextlib.contextmanager

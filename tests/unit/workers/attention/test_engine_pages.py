@@ -7,9 +7,9 @@ import pytest
 from tests.reference_data import goldens
 from tests.unit.workers.attention.harness import make_spec, open_engine
 from wire.errors import InternalError, InvalidRequest, Overloaded, PromptTooLong, WorkerLost
-from workers.attention.engine import Engine
+from workers.attention.residents import Residents
 from workers.attention.scoring import ScoreSpec
-from workers.attention.types import SequenceState, Source
+from workers.attention.types import ChosenToken, SequenceState, Source
 
 PROMPT = tuple(range(3, 24))
 
@@ -19,8 +19,8 @@ def test_more_requests_than_pages_all_finish_in_order() -> None:
     with open_engine("default", num_pages=16, prefix_reuse=False) as lab:
         expected = lab.run(PROMPT)
         lab.door.hold()
-        listeners = [lab.submit(make_spec(PROMPT, request_id=str(i))) for i in range(6)]
-        lab.check()
+        with lab.pause():
+            listeners = [lab.submit(make_spec(PROMPT, request_id=str(i))) for i in range(6)]
         lab.until_metric(14, "pages", state="used")
         assert [listener.is_silent() for listener in listeners] == [False] * 2 + [True] * 4
         lab.door.open()
@@ -35,7 +35,7 @@ def test_big_request_is_not_overtaken_for_ever() -> None:
         small = lab.submit(make_spec([5], request_id="small", max_tokens=1))
         lab.door.step(2)
         first.token()
-        lab.check()
+        first.token()
         assert small.is_silent()
         lab.door.open()
         assert len(first.tokens()) == 8
@@ -157,14 +157,14 @@ def test_failed_step_fails_its_sequences_only(
 
 def test_sequence_that_ended_in_a_failing_step_is_not_failed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ends with this step's token; taking the second's breaks."""
-    append = Engine._append
+    append = Residents.append
 
-    def breaks_for_the_second(engine: Engine, sequence: SequenceState, token_id: int) -> None:
+    def breaks_for_the_second(residents: Residents, sequence: SequenceState, token: ChosenToken) -> None:
         if sequence.spec.key[0] == "second":
             raise WorkerLost("broken")
-        append(engine, sequence, token_id)
+        append(residents, sequence, token)
 
-    monkeypatch.setattr(Engine, "_append", breaks_for_the_second)
+    monkeypatch.setattr(Residents, "append", breaks_for_the_second)
     with open_engine("default") as lab:
         lab.door.hold()
         first = lab.submit(make_spec(PROMPT, request_id="first", max_tokens=1))

@@ -72,8 +72,9 @@ def test_requests_at_the_same_time_compute_a_prompt_once(max_step_tokens: int) -
     prompt = PROMPT[::-1] + PROMPT
     with open_engine("default", max_step_tokens=max_step_tokens) as lab:
         lab.door.hold()
-        lab.submit(make_spec(PROMPT, request_id="other", max_tokens=1))
-        listeners = [lab.submit(make_spec(prompt, request_id=str(i))) for i in range(3)]
+        with lab.pause():
+            lab.submit(make_spec(PROMPT, request_id="other", max_tokens=1))
+            listeners = [lab.submit(make_spec(prompt, request_id=str(i))) for i in range(3)]
         lab.door.open()
         texts = [listener.tokens() for listener in listeners]
         lab.is_empty()
@@ -88,7 +89,8 @@ def test_running_sequences_share_their_pages() -> None:
         prompt = (PROMPT + PROMPT)[:37]
         expected = lab.run(prompt)
         lab.door.hold()
-        listeners = [lab.submit(make_spec(prompt, request_id=str(i))) for i in range(4)]
+        with lab.pause():
+            listeners = [lab.submit(make_spec(prompt, request_id=str(i))) for i in range(4)]
         lab.until_metric(9 + 4 * 2, "pages", state="used")
         lab.door.open()
         assert [listener.tokens() for listener in listeners] == [expected] * 4
@@ -157,6 +159,16 @@ def test_tokens_that_either_worker_had_count_as_cached() -> None:
         lab.engine.finish_transfer(to.spec.key, given.events[-1])
         assert len(to.tokens()) == 8
         assert first_token(to).num_cached_tokens == 20
+
+
+@pytest.mark.parametrize("num_tokens", [20, 21])
+def test_prompt_that_is_all_here_needs_no_prefill_worker(num_tokens: int) -> None:
+    """With 20 tokens every page is a shared one, and the row that the logits come from is computed again."""
+    with open_engine("default") as lab:
+        expected = lab.run(PROMPT[:num_tokens])
+        to = lab.submit(make_spec(PROMPT[:num_tokens], source=Source.REMOTE)).admitted()
+        lab.engine.compute_here(to.spec.key)
+        assert to.tokens() == expected
 
 
 def test_received_pages_are_shared_and_not_written_again() -> None:

@@ -28,12 +28,11 @@ def test_preempted_sequences_give_the_same_text(sampling: Sampling, prefix_reuse
     with open_engine("sparse") as lab:
         alone = [lab.run(prompt(i), max_tokens=24, sampling=sampling) for i in range(4)]
     with open_engine("sparse", num_pages=20, lookahead_tokens=1, prefix_reuse=prefix_reuse) as lab:
-        lab.door.hold()
-        listeners = [
-            lab.submit(make_spec(prompt(i), request_id=str(i), max_tokens=24, sampling=sampling))
-            for i in range(4)
-        ]
-        lab.door.open()
+        with lab.pause():
+            listeners = [
+                lab.submit(make_spec(prompt(i), request_id=str(i), max_tokens=24, sampling=sampling))
+                for i in range(4)
+            ]
         assert [listener.tokens() for listener in listeners] == alone
         assert preemptions(lab) > 0
         # Preempted or not, it is a new request only once, and its own pages are no saving.
@@ -73,14 +72,15 @@ def test_cancelled_while_preempted_leaves_nothing() -> None:
     with open_engine("default", num_pages=8, prefix_reuse=False) as lab:
         lab.door.hold()
         low = lab.submit(make_spec(prompt(0), request_id="low", max_tokens=8))
-        lab.door.step(2)
+        lab.door.step()
         low.token()
         high = lab.submit(make_spec(prompt(1), request_id="high", max_tokens=8, priority=1))
+        lab.door.step()
         lab.until_metric(1, "preemptions_total", state="decode")
         lab.engine.cancel(low.spec)
         lab.door.open()
         assert len(high.tokens()) == 8
-        assert lab.engine._gate.is_empty()
+        assert lab.engine._residents.gate.is_empty()
 
 
 def test_full_queue_refuses_before_the_step_ends() -> None:
@@ -99,7 +99,7 @@ def test_full_queue_refuses_before_the_step_ends() -> None:
         lab.door.open()
         assert first.tokens() == queued[0].tokens() == queued[1].tokens()
         assert lab.metric("refused_total", reason="queue") == 1
-        assert lab.engine._gate.is_empty()
+        assert lab.engine._residents.gate.is_empty()
 
 
 def test_patience_ends_while_the_engine_has_nothing_to_do() -> None:
@@ -112,7 +112,7 @@ def test_patience_ends_while_the_engine_has_nothing_to_do() -> None:
         assert "waited 0.05 s" in error.message
         lab.engine.cancel(remote.spec)
         lab.is_empty()
-        assert lab.engine._gate.is_empty()
+        assert lab.engine._residents.gate.is_empty()
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 500}, {"request_id": "first"}])
@@ -125,7 +125,7 @@ def test_refused_requests_do_not_stay_in_the_queue(fields: dict[str, object]) ->
         assert bad.error()
         assert len(first.tokens()) == 8
         lab.check()
-        assert lab.engine._gate.is_empty()
+        assert lab.engine._residents.gate.is_empty()
 
 
 @settings(max_examples=15)
@@ -167,4 +167,4 @@ def test_random_requests_under_pressure_equal_each_alone(data: st.DataObject) ->
             if i not in cancelled:
                 assert listener.tokens() == alone[i]
         lab.is_empty()
-        assert lab.engine._gate.is_empty()
+        assert lab.engine._residents.gate.is_empty()
