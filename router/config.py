@@ -34,3 +34,6 @@ class RouterConfig(FrozenConfig):
     """Such answers kept at most; the oldest goes first."""
     keep_tokens: int = Field(262144, ge=0)
     """Their tokens at most, at about 100 bytes each."""
+    prefix_pages: int = Field(65536, ge=0)
+    """KV pages of prompts remembered of each worker, at about 200 bytes each, to send prompts to where their
+    beginning is cached; 0 = by load alone."""

@@ -59,6 +59,25 @@ METRICS: tuple[MetricSpec, ...] = (
         "Streams that joined a request by its id, by whether it was running or finished.",
         ("state",),
     ),
+    MetricSpec(
+        "moray_router_routes_total",
+        Kind.COUNTER,
+        "Attempts sent to workers, by why that prefill worker: prefix, load or cold.",
+        ("reason",),
+    ),
+    MetricSpec(
+        "moray_router_prefix_lookup_tokens_total", Kind.COUNTER, "Tokens of the prompts sent to workers."
+    ),
+    MetricSpec(
+        "moray_router_prefix_hit_tokens_total",
+        Kind.COUNTER,
+        "Of them, those believed cached at the prefill worker.",
+    ),
+    MetricSpec(
+        "moray_router_prefix_corrections_total",
+        Kind.COUNTER,
+        "Times that a worker had less of a prompt than was believed.",
+    ),
     MetricSpec("moray_router_replays_total", Kind.COUNTER, "Requests started again on other workers."),
     MetricSpec("moray_router_members", Kind.GAUGE, "Workers known to this router.", ("role", "state")),
     MetricSpec("moray_router_snapshot_version", Kind.GAUGE, "Newest cluster snapshot seen."),

@@ -64,7 +64,11 @@ class RouterService:
         self._runner = SessionRunner(
             roster=self.roster,
             links=self._links,
-            limits=SessionLimits(num_replays=config.num_replays, ready_wait_s=config.ready_wait_s),
+            limits=SessionLimits(
+                num_replays=config.num_replays,
+                ready_wait_s=config.ready_wait_s,
+                prefix_pages=config.prefix_pages,
+            ),
             metrics=self.metrics,
         )
         self._inference = InferenceService(
@@ -185,6 +189,7 @@ class RouterService:
     def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
         self.roster.update(snapshot)
         self._links.drop_absent(self.roster.view)
+        self._runner.drop_absent(self.roster.view)
         self._health_turn.set()
         self.metrics.gauge("snapshot_version").set(snapshot.version)
         for role in _ROLES:

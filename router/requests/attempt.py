@@ -3,13 +3,13 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
-from router.requests.ledger import Lease, Ledger
+from router.requests.ledger import Ledger
 from router.requests.links import WorkerLinks
 from router.requests.selection import Route
 from wire.errors import ERROR_KEY, DeadlinePassed, MorayError, WorkerLost, from_rpc
@@ -26,8 +26,12 @@ class CallTerms:
     """What a call to a worker takes along, besides the sequence."""
 
     handshake: Handshake
+    num_tokens: int
+    """To compute before the first new token."""
     num_pages: int
-    """KV pages that the request may grow to."""
+    """KV pages that the request may add to those of its decode worker."""
+    on_first_token: Callable[[int], None]
+    """Gets the number of tokens that the decode worker took from its cache."""
     end_s: float | None
     """Loop time at which the client's deadline passes; None = it has none."""
 
@@ -44,10 +48,10 @@ class AttemptFailed(Exception):
 class Attempt:
     """An open call; made by `open_attempt`, which also ends it."""
 
-    def __init__(self, call: _Call, lease: Lease, ledger: Ledger) -> None:
+    def __init__(self, call: _Call, on_first_token: Callable[[int], None]) -> None:
         self._call = call
-        self._lease = lease
-        self._ledger = ledger
+        self._on_first_token = on_first_token
+        self._has_tokens = False
 
     async def read(self) -> attention_pb2.SequenceEvent:
         """The next event.
@@ -67,8 +71,9 @@ class Attempt:
             # The call was cancelled and this task was not: its channel was closed under it.
             raise AttemptFailed(WorkerLost("the worker left the cluster"), is_answer=False) from None
         if isinstance(event, attention_pb2.SequenceEvent):
-            if event.token_ids:
-                self._ledger.end_prefill(self._lease)
+            if event.token_ids and not self._has_tokens:
+                self._has_tokens = True
+                self._on_first_token(event.num_cached_tokens)
             return event
         raise AttemptFailed(WorkerLost("the worker ended its stream without an end mark"), is_answer=False)
 
@@ -92,13 +97,18 @@ def open_attempt(
         raise DeadlinePassed("the deadline passed before a worker could start")
     if timeout_s is not None:
         sequence.deadline_ms = min(math.ceil(timeout_s * 1000), _MAX_DEADLINE_MS)
-    lease = ledger.open(route, prompt_tokens=len(sequence.token_ids), num_pages=terms.num_pages)
+
+    def arrive(num_cached_tokens: int) -> None:
+        ledger.end_prefill(lease)
+        terms.on_first_token(num_cached_tokens)
+
+    lease = ledger.open(route, prompt_tokens=terms.num_tokens, num_pages=terms.num_pages)
     try:
         call = links.stub(route.decode).Generate(
             sequence, timeout=timeout_s, metadata=terms.handshake.to_metadata()
         )
         try:
-            yield Attempt(call, lease, ledger)
+            yield Attempt(call, arrive)
         finally:
             call.cancel()
     finally:

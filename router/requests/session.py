@@ -6,12 +6,14 @@ import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from router.requests.affinity import PrefixAffinity, Trip
 from router.requests.attempt import Attempt, AttemptFailed, CallTerms, open_attempt
 from router.requests.ledger import Ledger
 from router.requests.links import WorkerLinks
+from router.requests.members import ClusterView
 from router.requests.retry import GiveUp, RetryState, plan_retry
 from router.requests.roster import Roster
-from router.requests.selection import Route, num_pages_of, plan_route
+from router.requests.selection import Route, plan_route
 from router.requests.transcript import Transcript
 from router.requests.types import AdmittedRequest, Failure, TokenBatch
 from wire.errors import DeadlinePassed, NotReady
@@ -30,6 +32,8 @@ class SessionLimits:
     """Times that a request is started again on other workers."""
     ready_wait_s: float
     """Seconds that it waits for a worker."""
+    prefix_pages: int
+    """Pages of prompts that the prefix index remembers of each worker."""
 
 
 class SessionRunner:
@@ -42,8 +46,13 @@ class SessionRunner:
         self._links = links
         self._limits = limits
         self._metrics = metrics
+        self._affinity = PrefixAffinity(max_pages=limits.prefix_pages, metrics=metrics)
         self.ledger = Ledger()
         """What is in flight; sessions are the only writers."""
+
+    def drop_absent(self, view: ClusterView) -> None:
+        """Forgets what workers cached that left the cluster."""
+        self._affinity.index.drop_absent(view.present)
 
     async def run(self, request: AdmittedRequest, *, end_s: float | None) -> AsyncGenerator[TokenBatch, None]:
         """The new tokens of a request, numbered, until its end mark.
@@ -58,10 +67,10 @@ class SessionRunner:
         transcript = Transcript(request)
         state = self._first_state()
         for attempt_idx in itertools.count():
-            route = await self._wait_route(state, end_s=end_s)
             num_before = transcript.num_tokens
+            trip, route = await self._wait_route(request, state, num_replayed=num_before, end_s=end_s)
             sequence = transcript.plan_sequence(attempt=attempt_idx, prefill_address=route.prefill_address)
-            terms = self._terms(request, end_s=end_s)
+            terms = self._terms(request, trip, route, end_s=end_s)
             with open_attempt(
                 sequence, route=route, terms=terms, ledger=self.ledger, links=self._links
             ) as call:
@@ -103,7 +112,9 @@ class SessionRunner:
             await self._roster.wait_change(action.delay_s)
         return state
 
-    async def _wait_route(self, state: RetryState, *, end_s: float | None) -> Route:
+    async def _wait_route(
+        self, request: AdmittedRequest, state: RetryState, *, num_replayed: int, end_s: float | None
+    ) -> tuple[Trip, Route]:
         loop = asyncio.get_running_loop()
         left_s = self._limits.ready_wait_s
         if end_s is not None:
@@ -114,10 +125,11 @@ class SessionRunner:
             if end_s is not None and loop.time() >= end_s:
                 raise DeadlinePassed("the deadline passed while the cluster was not ready") from None
             raise
-        route = plan_route(view, self.ledger.loads, avoid=state.avoid)
+        trip = self._affinity.plan(request, view, num_replayed=num_replayed)
+        route = plan_route(view, self.ledger.loads, demand=trip.demand, avoid=state.avoid)
         if route is None:
             raise NotReady(f"the cluster waits for {view.waiting_for or 'attention workers'}")
-        return route
+        return trip, route
 
     def _first_state(self) -> RetryState:
         return RetryState(
@@ -126,11 +138,13 @@ class SessionRunner:
             progress_s=asyncio.get_running_loop().time(),
         )
 
-    def _terms(self, request: AdmittedRequest, *, end_s: float | None) -> CallTerms:
-        page_tokens = self._roster.view.page_tokens
+    def _terms(self, request: AdmittedRequest, trip: Trip, route: Route, *, end_s: float | None) -> CallTerms:
+        self._affinity.depart(trip, route)
         return CallTerms(
-            handshake=Handshake(model=request.model, page_tokens=page_tokens),
-            num_pages=num_pages_of(len(request.prompt_ids) + request.max_tokens, page_tokens),
+            handshake=Handshake(model=request.model, page_tokens=trip.demand.page_tokens),
+            num_tokens=trip.demand.num_tokens - trip.demand.cached(route.prefill),
+            num_pages=trip.demand.new_pages(route.decode),
+            on_first_token=lambda num_found: self._affinity.arrive(trip, route, num_found=num_found),
             end_s=end_s,
         )
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.requests.selection import Load, has_alternative, num_pages_of, plan_route
+from router.requests.selection import Demand, Load, has_alternative, num_pages_of, plan_route
 
 
 def test_decode_worker_with_the_most_free_pages_wins(make):
@@ -38,8 +38,55 @@ def test_prefill_worker_with_the_fewest_queued_tokens_wins(make):
 def test_workers_of_both_roles_alone_prefill_for_themselves(make):
     view = make.view(make.worker("a"), make.worker("b"))
     route = plan_route(view, {"a#1": Load(reserved_pages=1), "b#1": Load(queued_prompt_tokens=50)})
-    assert route.decode.worker_id == "b"
+    assert route.decode.worker_id == "a"
     assert route.prefill_address == ""
+
+
+def both_route(make, cached, loads, *, num_pages=4):
+    view = make.view(make.worker("a"), make.worker("b"))
+    demand = Demand(num_tokens=4096, num_pages=num_pages, page_tokens=16, cached_tokens=cached)
+    return plan_route(view, loads, demand=demand)
+
+
+@pytest.mark.parametrize(("num_requests", "expected"), [(50, "a"), (62, "a"), (63, "b"), (120, "b")])
+def test_worked_example_of_workers_that_prefill_for_themselves(make, num_requests, expected):
+    route = both_route(make, {"a#1": 4000}, {"a#1": Load(num_requests=num_requests)})
+    assert route.decode.worker_id == expected
+    assert route.reason == ("prefix" if expected == "a" else "load")
+
+
+def test_worker_of_both_roles_without_room_is_passed_over(make):
+    loads = {"a#1": Load(reserved_pages=97)}
+    assert both_route(make, {}, loads, num_pages=4).decode.worker_id == "b"
+    assert both_route(make, {"a#1": 16}, loads, num_pages=4).decode.worker_id == "a"
+
+
+def apart_route(make, cached, loads):
+    workers = [make.worker(name, "decode" if name in "ab" else "prefill") for name in "abpq"]
+    demand = Demand(num_tokens=100, num_pages=9, page_tokens=16, cached_tokens=cached)
+    return plan_route(make.view(*workers), loads, demand=demand)
+
+
+@pytest.mark.parametrize(
+    ("cached", "queued", "expected", "reason"),
+    [
+        ({}, 0, "p", "cold"),
+        ({"q#1": 48}, 0, "q", "prefix"),
+        ({"q#1": 48}, 47, "q", "prefix"),
+        ({"q#1": 48}, 49, "p", "load"),
+        ({"q#1": 48, "p#1": 16}, 31, "q", "prefix"),
+        ({"q#1": 48, "p#1": 16}, 33, "p", "load"),
+    ],
+)
+def test_cached_prefix_draws_until_the_queue_costs_more(make, cached, queued, expected, reason):
+    route = apart_route(make, cached, {"q#1": Load(queued_prompt_tokens=queued)})
+    assert (route.prefill.worker_id, route.reason) == (expected, reason)
+
+
+@pytest.mark.parametrize(("reserved", "expected"), [(0, "b"), (2, "b"), (4, "a")])
+def test_cached_pages_need_no_room_at_a_decode_worker(make, reserved, expected):
+    route = apart_route(make, {"b#1": 48}, {"b#1": Load(reserved_pages=reserved)})
+    assert route.decode.worker_id == expected
 
 
 def test_worker_of_both_roles_prefills_for_others_when_it_is_the_least_queued(make):
