@@ -70,8 +70,8 @@ class GenerateRequest(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the end token, up to max_tokens."""
     n: _builtins.int
-    """Outputs of this prompt, each with a seed of its own; unset = 1. Several are not joined nor resumed by
-    request_id.
+    """Outputs of this prompt, each with a seed of its own; unset = 1. Several are not joined, resumed or cancelled
+    by request_id: only the call's own end ends them.
     """
     priority: _builtins.int
     """From -100 to 100; higher goes first where requests wait."""
