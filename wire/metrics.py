@@ -123,6 +123,17 @@ METRICS: tuple[MetricSpec, ...] = (
         Kind.GAUGE,
         "Cache bytes of one token in all layers, indexer keys too.",
     ),
+    MetricSpec("moray_attention_kv_tier_pages", Kind.GAUGE, "Cold KV pages, by tier.", ("tier",)),
+    MetricSpec("moray_attention_kv_tier_bytes", Kind.GAUGE, "Bytes of cold KV pages, by tier.", ("tier",)),
+    MetricSpec(
+        "moray_attention_kv_tier_hits_total", Kind.COUNTER, "Cold KV pages used again, by tier.", ("tier",)
+    ),
+    MetricSpec(
+        "moray_attention_kv_tier_lost_total",
+        Kind.COUNTER,
+        "Cold KV pages lost: corrupt, read_failed, write_failed, backlog.",
+        ("reason",),
+    ),
     MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),
     MetricSpec(
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)

@@ -81,6 +81,12 @@ class KvConfig(FrozenConfig):
     """How the indexer's keys are held; int8 reads a quarter of the bytes and may select other near-ties."""
     prefix_reuse: bool = True
     """Full pages stay after their request, and requests that begin with the same tokens share them."""
+    host_tier_bytes: int = Field(0, ge=0)
+    """Memory of each worker for full pages that the cache has no room for; 0 = none."""
+    disk_tier_bytes: int = Field(0, ge=0)
+    """Files of each worker for full pages that its memory has no room for; 0 = none."""
+    disk_tier_dir: str = ""
+    """Directory of these files; empty = the system's directory for temporary files."""
 
 
 class MtpConfig(FrozenConfig):

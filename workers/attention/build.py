@@ -1,7 +1,9 @@
 """Building an engine: the same parts in a worker of a cluster and whole in one process."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from model.checkpoint import Checkpoint
 from model.config import ModelConfig
@@ -13,6 +15,7 @@ from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
+from workers.attention.disk_pages import DiskPages
 from workers.attention.drafter import MtpDrafter, Speculation
 from workers.attention.engine import Engine, EngineParts
 from workers.attention.gate import QueueLimits
@@ -21,6 +24,7 @@ from workers.attention.pages import PageAllocator
 from workers.attention.prefix import PrefixCache
 from workers.attention.scheduler import StepLimits
 from workers.attention.speculation import DraftPolicy, DraftRules
+from workers.attention.tiers import PageTiers
 from workers.config import AttentionConfig, ComputeConfig, KvConfig, MtpConfig, SelectionBiasConfig
 from workers.packing import make_packing
 
@@ -121,7 +125,7 @@ def _engine(
         transformer=transformer,
         cache=cache,
         pages=pages,
-        prefix=_prefix_cache(pages, config.kv, model, metrics=metrics),
+        prefix=_prefix_cache(pages, cache, config.kv, model, metrics=metrics),
         experts=experts,
         limits=StepLimits(
             config.group.max_batch_requests,
@@ -141,14 +145,25 @@ def _engine(
 
 
 def _prefix_cache(
-    pages: PageAllocator, config: KvConfig, model: ModelConfig, *, metrics: Metrics
+    pages: PageAllocator, cache: PagedCache, config: KvConfig, model: ModelConfig, *, metrics: Metrics
 ) -> PrefixCache:
     rules = PrefixRules(
         page_tokens=config.page_tokens,
         cache_form=f"{config.dtype} {config.index_keys}",
         index_topk=model.index_topk,
     )
-    return PrefixCache(pages, rules=rules, is_on=config.prefix_reuse, metrics=metrics)
+    tiers = _tiers(cache, config, metrics=metrics) if config.prefix_reuse else None
+    return PrefixCache(pages, rules=rules, is_on=config.prefix_reuse, metrics=metrics, tiers=tiers)
+
+
+def _tiers(cache: PagedCache, config: KvConfig, *, metrics: Metrics) -> PageTiers | None:
+    if not config.host_tier_bytes and not config.disk_tier_bytes:
+        return None
+    disk = None
+    if config.disk_tier_bytes:
+        parent = Path(config.disk_tier_dir or tempfile.gettempdir())
+        disk = DiskPages(parent, config.disk_tier_bytes)
+    return PageTiers(cache, host_bytes=config.host_tier_bytes, disk=disk, metrics=metrics)
 
 
 def _online_bias(config: SelectionBiasConfig) -> OnlineBias | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.batch import Batch, CacheView, RowsView
 from model.cache_layout import CacheLayout
 from model.compact_rows import CompactView, RowCodec
+from wire.frames import Array
 
 CacheForm = Literal["float32", "bfloat16", "fp8"]
 
@@ -64,6 +65,28 @@ class PagedCache:
     def read(self, layer_idx: int, flat_S: Tensor) -> Tensor:
         """A copy of the stored rows at flat indices of one layer: (S, B), float32 or uint8."""
         return self._rows_LNB[layer_idx].index_select(0, flat_S)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers."""
+        return self.num_layers * self.page_tokens * self.width * self._rows_LNB.element_size()
+
+    @property
+    def page_like(self) -> Array:
+        """An array of the shape and dtype of `read_page`, without its bytes."""
+        shape = (self.num_layers, self.page_tokens, self.width)
+        return np.broadcast_to(np.zeros((), dtype=self.dtype_name), shape)
+
+    def read_page(self, page: int) -> Array:
+        """A copy of a page's stored rows: (L, page_tokens, B)."""
+        begin = page * self.page_tokens
+        rows_LTB = self._rows_LNB[:, begin : begin + self.page_tokens]
+        return np.array(rows_LTB.cpu().numpy(), order="C", copy=True)
+
+    def write_page(self, page: int, rows_LTB: Array) -> None:
+        """Puts back what `read_page` gave, into any page."""
+        begin = page * self.page_tokens
+        self._rows_LNB[:, begin : begin + self.page_tokens] = torch.from_numpy(rows_LTB)
 
     def view(self, batch: Batch, pages: Sequence[Sequence[int]]) -> CacheView:
         """The CacheView of a batch; pages[i] belong to the sequence of span i."""

@@ -103,6 +103,9 @@ class Engine:
         self._pace = Pace()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_stopping = False
+        self._tiers = parts.prefix.tiers
+        if self._tiers is not None:
+            self._tiers.when_fetched(lambda: self._commands.put(_look_again))
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -114,6 +117,8 @@ class Engine:
         self._commands.put(self._on_stop)
         if self._thread.is_alive():
             self._thread.join()
+        if self._tiers is not None:
+            self._tiers.close()
 
     def submit(self, spec: SequenceSpec, sink: Sink) -> None:
         """Takes a sequence; everything about it arrives at `sink`, a refusal before this returns."""
@@ -302,6 +307,10 @@ class Engine:
     def _on_stop(self) -> None:
         self._is_stopping = True
         self._residents.fail(self._residents.all(), Overloaded(_STOPPING))
+
+
+def _look_again() -> None:
+    """A command that does nothing: the engine plans again."""
 
 
 def _resolve(future: "Future[None]") -> None:

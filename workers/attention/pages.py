@@ -8,7 +8,7 @@ their first 16 tokens, the second needs one page beside the shared one and fits.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 
 class PageAllocator:
@@ -19,6 +19,8 @@ class PageAllocator:
         self.page_tokens = page_tokens
         self.num_evictions = 0
         """Cached pages that were given away so far."""
+        self.on_eviction: Callable[[int, bytes], None] | None = None
+        """Is told of a cached page and its hash before it is given away."""
         self._free = list(range(num_pages - 1, -1, -1))
         self._owned: dict[Hashable, list[int]] = {}
         self._num_owners = [0] * num_pages
@@ -153,7 +155,10 @@ class PageAllocator:
             page = self._free.pop()
         else:
             page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
+            digest = self._hash_of.pop(page)
+            del self._page_of[digest]
+            if self.on_eviction is not None:
+                self.on_eviction(page, digest)
             self.num_evictions += 1
         self._num_owners[page] = 1
         return page

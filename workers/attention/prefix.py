@@ -8,14 +8,27 @@ another sequence with the same prompt that is still at it takes it over.
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules, extend_hashes
 from workers.attention.pages import PageAllocator
+from workers.attention.tiers import PageTiers
 from workers.attention.types import Phase, SequenceState
 
 
 class PrefixCache:
     """Gives sequences their pages, with what is cached of their prefix."""
 
-    def __init__(self, pages: PageAllocator, *, rules: PrefixRules, is_on: bool, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        pages: PageAllocator,
+        *,
+        rules: PrefixRules,
+        is_on: bool,
+        metrics: Metrics,
+        tiers: PageTiers | None = None,
+    ) -> None:
+        """Takes the page accounts; pages that they give away go to `tiers`, and come back from there."""
         self._pages = pages
+        self.tiers = tiers
+        if tiers is not None:
+            pages.on_eviction = tiers.keep
         self._rules = rules
         self._is_on = is_on
         self._metrics = metrics
@@ -25,12 +38,17 @@ class PrefixCache:
         prefix = self._hashes(sequence)[: self._num_shareable(sequence)]
         sequence.pages = self._pages.reserve(sequence.spec.key, num_tokens=num_rows, prefix=prefix)
         self._count(sequence, self._pages.count_prefix(prefix))
+        if self.tiers is not None:
+            self._restore(sequence, prefix, self.tiers)
         self._metrics.counter("prefix_lookup_tokens_total").inc(len(prefix) * self._rules.page_tokens)
 
     def expect(self, sequence: SequenceState) -> None:
         """Notes how many rows of a new sequence are there now."""
         prefix = self._hashes(sequence)[: self._num_shareable(sequence)]
-        sequence.num_expected_tokens = self._pages.count_prefix(prefix) * self._rules.page_tokens
+        num_cached = self._pages.count_prefix(prefix)
+        sequence.num_expected_tokens = num_cached * self._rules.page_tokens
+        if self.tiers is not None:
+            sequence.fetch = self.tiers.fetch(prefix[num_cached:])
 
     def next_page(self, sequence: SequenceState) -> bytes | None:
         """Hash of the page that the next tokens of a prompt are in; None where nobody may take it over."""
@@ -61,6 +79,20 @@ class PrefixCache:
             self._pages.publish(sequence.spec.key, page_idx=page_idx, digest=hashes[page_idx])
         sequence.num_published_pages = num_full
         sequence.pages = self._pages.pages_of(sequence.spec.key)
+
+    def _restore(self, sequence: SequenceState, prefix: list[bytes], tiers: PageTiers) -> None:
+        """Fills the next own pages of a prefix with cold ones, and publishes them."""
+        key, fetch, sequence.fetch = sequence.spec.key, sequence.fetch, None
+        page_idx = sequence.num_published_pages
+        while page_idx < len(prefix):
+            digest = prefix[page_idx]
+            if not self._pages.adopt(key, page_idx=page_idx, digest=digest):
+                if not tiers.restore(digest, self._pages.pages_of(key)[page_idx], fetch):
+                    break
+                self._pages.publish(key, page_idx=page_idx, digest=digest)
+            page_idx += 1
+        sequence.pages = self._pages.pages_of(key)
+        self._count(sequence, page_idx)
 
     def _hashes(self, sequence: SequenceState) -> list[bytes]:
         """Hashes of all full pages of its tokens; none where nothing is reused."""

@@ -77,8 +77,8 @@ class Residents:
         return sequence if sequence is not None and phase in (None, sequence.phase) else None
 
     def candidates(self) -> list[Candidate]:
-        """What the scheduler must know of each."""
-        return [self.lobby.candidate(sequence) for sequence in self._sequences.values()]
+        """What the scheduler must know of each that waits for nothing but its turn."""
+        return [self.lobby.candidate(s) for s in self._sequences.values() if not s.is_fetching]
 
     def take(self, spec: SequenceSpec, sink: Sink, *, began_s: float) -> None:
         """Puts a sequence in line, or tells its sink why not.
@@ -203,6 +203,8 @@ class Residents:
             RuntimeError: says what is wrong.
         """
         self._pages.check_integrity()
+        if self._prefix.tiers is not None:
+            self._prefix.tiers.check_integrity()
         with_pages = [key for key, sequence in self._sequences.items() if sequence.pages]
         if set(with_pages) != set(self._pages.owners()):
             raise RuntimeError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from wire.errors import MorayError
 from wire.frames import Array
+from workers.attention.cold_pages import Fetch
 from workers.attention.grammar import GrammarMatcher
 from workers.attention.hidden_rows import HiddenRows
 
@@ -231,6 +232,8 @@ class SequenceState:
     """It gave its pages up once; what is not cached of them it computes here, whoever did so first."""
     num_expected_tokens: int = 0
     """While WAITING: leading tokens that were cached when it came."""
+    fetch: Fetch | None = None
+    """While WAITING: cold pages on their way to it."""
     token_ids: list[int] = field(default_factory=list)
     """Every token so far, the new ones included."""
     num_cached_tokens: int = 0
@@ -246,6 +249,11 @@ class SequenceState:
     """Tokens of the prompt whose log-probabilities were told."""
     hidden_rows: HiddenRows = field(default_factory=HiddenRows)
     """What the MTP layer has not run over yet; empty where nothing is drafted."""
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether it waits for pages from files, and for nothing else."""
+        return self.fetch is not None and not self.fetch.is_done
 
     @property
     def is_remote(self) -> bool:

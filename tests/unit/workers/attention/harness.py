@@ -5,8 +5,9 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,6 @@ from tests.reference_data import checkpoint_dir
 from wire.errors import MorayError
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, InProcessExperts, build_engine
-from workers.attention.cache import CacheForm
 from workers.attention.drafter import Speculation
 from workers.attention.engine import Engine
 from workers.attention.moe import Experts
@@ -238,7 +238,7 @@ def open_engine(
     *,
     page_tokens: int = PAGE_TOKENS,
     prefix_reuse: bool = True,
-    kv_dtype: CacheForm = "float32",
+    kv: Mapping[str, Any] = MappingProxyType({}),
     max_drafts: int = 0,
     change_speculation: Callable[[Speculation], Speculation] = lambda speculation: speculation,
     **group: Any,
@@ -248,7 +248,7 @@ def open_engine(
     door, metrics = DoorExperts(experts), Metrics("attention")
     config = EngineConfig(
         group=AttentionConfig(**{"num_pages": 128, **group}),
-        kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, dtype=kv_dtype),
+        kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, **kv),
         mtp=MtpConfig(max_drafts=max_drafts),
         change_speculation=change_speculation,
     )

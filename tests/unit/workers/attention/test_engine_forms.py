@@ -25,7 +25,7 @@ def alone(shape: str, form: CacheForm) -> list[list[int]]:
     """The text of each prompt in an engine of its own, in one chunk."""
     texts = []
     for prompt in prompts(shape):
-        with open_engine(shape, kv_dtype=form, prefix_reuse=False) as lab:
+        with open_engine(shape, kv={"dtype": form}, prefix_reuse=False) as lab:
             texts.append(lab.run(prompt, max_tokens=NUM_TOKENS))
     return texts
 
@@ -36,7 +36,7 @@ def alone(shape: str, form: CacheForm) -> list[list[int]]:
 def test_batch_chunks_and_reuse_change_no_token(shape: str, form: CacheForm, max_step_tokens: int) -> None:
     """All prompts at once and in small steps, and again when their pages are cached."""
     with open_engine(
-        shape, kv_dtype=form, max_step_tokens=max_step_tokens, max_drafts=2 if shape == "mtp" else 0
+        shape, kv={"dtype": form}, max_step_tokens=max_step_tokens, max_drafts=2 if shape == "mtp" else 0
     ) as lab:
         for round_idx in range(2):
             listeners = [
@@ -50,10 +50,10 @@ def test_batch_chunks_and_reuse_change_no_token(shape: str, form: CacheForm, max
 @pytest.mark.parametrize("form", FORMS)
 def test_hand_over_changes_no_token(form: CacheForm) -> None:
     prompt = prompts("default")[2]
-    with open_engine("default", kv_dtype=form, max_step_tokens=16) as lab:
+    with open_engine("default", kv={"dtype": form}, max_step_tokens=16) as lab:
         given = lab.submit(make_spec(prompt, source=Source.PREFILL_ONLY))
         first = given.token()
-    with open_engine("default", kv_dtype=form) as lab:
+    with open_engine("default", kv={"dtype": form}) as lab:
         to = lab.submit(make_spec(prompt, source=Source.REMOTE, max_tokens=NUM_TOKENS)).admitted()
         for rows in given.rows():
             assert rows.rows_TB.dtype.name == lab.engine.cache.dtype_name
@@ -64,6 +64,6 @@ def test_hand_over_changes_no_token(form: CacheForm) -> None:
 
 @pytest.mark.parametrize("form", ["float32", *FORMS])
 def test_bytes_of_a_token_are_told_and_are_those_of_inspect(form: CacheForm) -> None:
-    with open_engine("mtp", kv_dtype=form) as lab:
+    with open_engine("mtp", kv={"dtype": form}) as lab:
         told = lab.metric("kv_token_bytes")
     assert told == summarise(Checkpoint.open(checkpoint_dir("mtp"))).kv_bytes_by_form[form]
