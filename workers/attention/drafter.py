@@ -18,7 +18,6 @@ from model.batch import make_batch
 from model.transformer import Transformer
 from workers.attention.cache import PagedCache
 from workers.attention.moe import Experts
-from workers.attention.speculation import DraftPolicy
 from workers.attention.types import SequenceState
 
 
@@ -34,13 +33,28 @@ class Drafter(Protocol):
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         """At most so many next tokens of each sequence; fewer, or none, where it cannot guess."""
 
+    def finish(self, sequences: Sequence[SequenceState], next_ids: Sequence[int]) -> None:
+        """Leaves nothing behind of sequences that go on elsewhere with these tokens."""
+
+
+class Policy(Protocol):
+    """Says how many tokens to draft; `speculation.DraftPolicy` and what tests put in its place."""
+
+    def plan_drafts(self, num_sequences: int) -> int:
+        """How many tokens to draft for each of the sequences of a decode step."""
+
+    def on_step(
+        self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
+    ) -> None:
+        """Learns from a step in which all sequences decoded and had all their drafts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speculation:
     """Who drafts tokens, and who says how many."""
 
     drafter: Drafter
-    policy: DraftPolicy
+    policy: Policy
 
 
 class MtpDrafter:
@@ -84,12 +98,27 @@ class MtpDrafter:
                 return [tuple(ids) for ids in drafts]
             hidden_TD = self._go_on([(sequences[i], drafts[i]) for i in able], hidden_TD[rows])
 
-    def _run(self, sequences: Sequence[SequenceState], num_rows: Sequence[int]) -> Tensor:
+    def finish(self, sequences: Sequence[SequenceState], next_ids: Sequence[int]) -> None:
+        """Runs over all rows of sequences, the last of which needs the token that comes next."""
+        able = [i for i, sequence in enumerate(sequences) if _is_current(sequence)]
+        if able:
+            ended = [sequences[i] for i in able]
+            num_rows = [sequence.hidden_rows.num_rows for sequence in ended]
+            self._run(ended, num_rows, next_ids=[next_ids[i : i + 1] for i in able])
+
+    def _run(
+        self,
+        sequences: Sequence[SequenceState],
+        num_rows: Sequence[int],
+        *,
+        next_ids: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
         """Takes the oldest kept rows of sequences through the layer; the state of each one's last, (B, D)."""
+        nexts = next_ids or [()] * len(sequences)
         firsts = [sequence.hidden_rows.first_position for sequence in sequences]
         token_ids = [
-            s.token_ids[first + 1 : first + 1 + n]
-            for s, first, n in zip(sequences, firsts, num_rows, strict=True)
+            [*s.token_ids[first + 1 : first + 1 + n], *behind]
+            for s, first, n, behind in zip(sequences, firsts, num_rows, nexts, strict=True)
         ]
         hidden_TD = torch.cat([s.hidden_rows.take(n) for s, n in zip(sequences, num_rows, strict=True)])
         out_TD = self._forward(sequences, token_ids, firsts, hidden_TD)

@@ -20,6 +20,8 @@ class Wanted:
     """Rows of every layer: [first_row, num_tokens)."""
     first_row: int = 0
     """The rows before are there already."""
+    num_optional_layers: int = 0
+    """Layers behind them of which rows may come, any or none: MTP's rows make better drafts."""
     row_width: int
     """B, places of a stored row."""
     row_dtype: str
@@ -68,7 +70,7 @@ class Receipt:
         """The reason to refuse, or ""; the words are labels of a metric."""
         if self.is_done:
             return "late"
-        if not 0 <= rows.layer_idx < self.wanted.num_layers:
+        if not 0 <= rows.layer_idx < self.wanted.num_layers + self.wanted.num_optional_layers:
             return "layer"
         wanted = (self.wanted.row_width, self.wanted.row_dtype)
         is_stored_form = (*rows.rows_TB.shape[1:], rows.rows_TB.dtype.name) == wanted

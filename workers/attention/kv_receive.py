@@ -129,6 +129,7 @@ class KvReceiver:
         config = self.engine.model
         return Wanted(
             num_layers=config.num_hidden_layers,
+            num_optional_layers=config.num_nextn_predict_layers,
             num_tokens=len(spec.token_ids),
             first_row=first_row,
             row_width=self.engine.cache.width,

@@ -27,6 +27,9 @@ Running = Sequence[tuple[SequenceState, int]]
 MAX_LATE_ROWS = 64
 """Rows that the MTP layer may be behind in a sequence for which nothing is drafted."""
 
+MAX_SENT_ROWS = 512
+"""Rows of the MTP layer that are handed to another worker at a time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
@@ -83,6 +86,7 @@ class StepRunner:
         new_tokens = self._choose(step, hidden_TD)
         ready = [(rows.sequence, tokens) for rows, tokens in zip(step, new_tokens, strict=True) if tokens]
         self._advance_all(step, new_tokens, hidden_TD)
+        self._finish_prefills(ready)
         ended_s = time.perf_counter()
         self._learn(step, new_tokens, num_drafts, seconds=ended_s - drafting_s)
         self.metrics.histogram("step_seconds").observe(ended_s - began_s)
@@ -178,7 +182,7 @@ class StepRunner:
                     begin=rows.sequence.num_cached_tokens,
                     logits_of=self.transformer.logits,
                 )
-            if self.speculation is not None and rows.sequence.spec.source is not Source.PREFILL_ONLY:
+            if self.speculation is not None:
                 self.speculation.drafter.keep(
                     rows.sequence,
                     hidden_TD[begin_row : begin_row + num_kept],
@@ -186,6 +190,18 @@ class StepRunner:
                 )
             self._advance(rows.sequence, num_kept)
             begin_row += rows.num_rows
+
+    def _finish_prefills(self, ready: Sequence[tuple[SequenceState, tuple[ChosenToken, ...]]]) -> None:
+        """Hands on the MTP layer's rows of prompts, which are there only when the first new token is."""
+        if self.speculation is None:
+            return
+        ended = [(s, tokens) for s, tokens in ready if s.spec.source is Source.PREFILL_ONLY]
+        self.speculation.drafter.finish([s for s, _ in ended], [tokens[0].token_id for _, tokens in ended])
+        for sequence, _ in ended:
+            for begin in range(0, sequence.num_cached_tokens, MAX_SENT_ROWS):
+                end = min(begin + MAX_SENT_ROWS, sequence.num_cached_tokens)
+                wanted = wanted_rows(sequence, begin, end)
+                hand_over(self.cache, wanted, self.transformer.config.num_hidden_layers)
 
     def _advance(self, sequence: SequenceState, num_tokens: int) -> None:
         """Counts computed rows."""

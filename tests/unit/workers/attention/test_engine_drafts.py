@@ -14,7 +14,7 @@ from tests.unit.workers.attention.test_engine_text import mixed_prompts
 from workers.attention.drafter import Drafter, Speculation
 from workers.attention.scoring import ScoreSpec
 from workers.attention.speculation import DraftPolicy, DraftRules
-from workers.attention.types import Finish, Sampling, SequenceState
+from workers.attention.types import Finish, Sampling, SequenceState, Source
 
 SAMPLINGS = [
     Sampling(),
@@ -41,6 +41,9 @@ class Oracle:
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         drafts = self._inner.draft(sequences, num_drafts)
         return [self._replace(s, ids) for s, ids in zip(sequences, drafts, strict=True)]
+
+    def finish(self, sequences: Sequence[SequenceState], next_ids: Sequence[int]) -> None:
+        self._inner.finish(sequences, next_ids)
 
     def _replace(self, sequence: SequenceState, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
         text = self._texts[sequence.spec.token_ids]
@@ -192,3 +195,34 @@ def test_drafts_are_what_the_layer_scores_best_over_the_whole_text(
     wanted = {num_tokens: best[num_tokens - 2] for num_tokens in recorders[0].first_drafts}
     assert recorders[0].first_drafts == wanted
     assert len(wanted) >= 3
+
+
+@pytest.mark.parametrize("max_step_tokens", [7, 512])
+@pytest.mark.parametrize("with_layer", [True, False], ids=["with MTP rows", "without"])
+def test_drafts_behind_a_hand_over_are_those_of_one_worker_where_the_rows_were_sent(
+    max_step_tokens: int, with_layer: bool
+) -> None:
+    golden = goldens("mtp")[2]
+    greedy = golden.tensor("greedy").tolist()
+    with open_drafting(max_step_tokens=max_step_tokens) as lab:
+        prefill = lab.submit(make_spec(golden.prompt, source=Source.PREFILL_ONLY))
+        first_id = prefill.token().token_id
+    given = prefill.rows() if with_layer else [rows for rows in prefill.rows() if rows.layer_idx < 2]
+    recorders: list[Recorder] = []
+
+    def wrap(inner: Drafter) -> Drafter:
+        recorders.append(Recorder(inner))
+        return recorders[-1]
+
+    with open_drafting(max_drafts=1, wrap=wrap) as lab:
+        to = lab.submit(make_spec(golden.prompt, max_tokens=12, source=Source.REMOTE)).admitted()
+        for rows in given:
+            lab.engine.add_rows(to.spec.key, rows)
+        lab.engine.finish_transfer(to.spec.key, first_id)
+        assert to.tokens() == greedy
+    with open_drafting(max_drafts=1, wrap=wrap) as lab:
+        assert lab.run(golden.prompt, max_tokens=12) == greedy
+    apart, alone = (recorder.first_drafts for recorder in recorders)
+    both = apart.keys() & alone.keys()
+    assert len(both) >= 3
+    assert ({key: apart[key] for key in both} == {key: alone[key] for key in both}) is with_layer
