@@ -83,6 +83,10 @@ class Forced:
         """As the MTP drafter does."""
         self._drafter.catch_up(sequences, max_rows=max_rows)
 
+    def forget(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
+        """As the MTP drafter does."""
+        self._drafter.forget(sequences, max_rows=max_rows)
+
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         """As many as the MTP drafter made, each right by chance."""
         drafts = self._drafter.draft(sequences, num_drafts)

@@ -30,6 +30,9 @@ class Drafter(Protocol):
     def catch_up(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
         """Leaves none of the sequences with more than max_rows, >= 1, that the next draft must run over."""
 
+    def forget(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
+        """Drops the rows of sequences that keep more than max_rows, >= 1; drafts are the worse for it."""
+
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         """At most so many next tokens of each sequence; fewer, or none, where it cannot guess."""
 
@@ -75,6 +78,12 @@ class MtpDrafter:
         late = [s for s in sequences if s.hidden_rows.num_rows > max_rows and _is_current(s)]
         if late:
             self._run(late, [sequence.hidden_rows.num_rows - 1 for sequence in late])
+
+    def forget(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
+        """Drops all but the newest row of sequences that keep more than max_rows."""
+        for sequence in sequences:
+            if sequence.hidden_rows.num_rows > max_rows:
+                sequence.hidden_rows.keep_newest()
 
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         """At most so many next tokens of each sequence; none of one whose newest hidden state is not kept."""

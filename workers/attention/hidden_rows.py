@@ -30,6 +30,12 @@ class HiddenRows:
         self._parts.append(rows_TD)
         self._num_rows += rows_TD.shape[0]
 
+    def keep_newest(self) -> None:
+        """Forgets all rows but the newest."""
+        self._parts = [self._parts[-1][-1:]]
+        self.first_position = self.end_position - 1
+        self._num_rows = 1
+
     def take(self, num_rows: int) -> Tensor:
         """The oldest rows, (num_rows, D), which are kept no longer; at most those that are kept."""
         rows_TD = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)

@@ -24,8 +24,8 @@ from workers.attention.types import ChosenToken, Phase, SequenceState, Source
 Running = Sequence[tuple[SequenceState, int]]
 """(sequence, tokens to compute, >= 1) of one step."""
 
-MAX_LATE_ROWS = 64
-"""Rows that the MTP layer may be behind in a sequence for which nothing is drafted."""
+MAX_LATE_ROWS = 256
+"""Rows that the MTP layer may be behind, all sequences together, while nothing is drafted."""
 
 MAX_SENT_ROWS = 512
 """Rows of the MTP layer that are handed to another worker at a time."""
@@ -94,15 +94,23 @@ class StepRunner:
         return ready
 
     def _plan_drafts(self, running: Running) -> int:
-        """Tokens to draft for each sequence that decodes; the MTP layer is up to date afterwards."""
+        """Tokens to draft for each sequence that decodes; the MTP layer has seen all prompts afterwards.
+
+        While nothing is drafted, what is generated waits for the next try; many sequences do not wait so
+        long, for running over all of their rows would cost more than the try is worth.
+        """
         if self.speculation is None:
             return 0
         drafter, policy = self.speculation.drafter, self.speculation.policy
         decoding = [sequence for sequence, _ in running if sequence.phase is Phase.DECODE]
         num_drafts = policy.plan_drafts(len(decoding)) if decoding else 0
+        drafter.catch_up(
+            [s for s, _ in running if s.phase is not Phase.DECODE or s.num_new_tokens == 1], max_rows=1
+        )
         if num_drafts:
             drafter.catch_up(decoding, max_rows=1 + num_drafts)
-        drafter.catch_up([sequence for sequence, _ in running], max_rows=MAX_LATE_ROWS)
+        elif decoding:
+            drafter.forget(decoding, max_rows=max(MAX_LATE_ROWS // len(decoding), 1))
         return num_drafts
 
     def _draft(self, running: Running, num_drafts: int) -> list[_Rows]:

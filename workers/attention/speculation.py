@@ -43,6 +43,8 @@ class DraftRules:
     """Steps between two tries of another number of drafts, at first; doubled while the tries lose."""
     max_probe_steps: int = 128
     """The most steps between two tries."""
+    choice_steps: int = 16
+    """Steps without drafts, at most, between two choices of what is best."""
     prior_chance: float = 0.6
     """The chance that a draft stands, before any was seen."""
     prior_weight: float = 2.0
@@ -66,9 +68,18 @@ class _Chance:
 
 
 @dataclass
-class _Sizes:
+class _Size:
     """What is known of steps of about one number of sequences."""
 
+    pause_steps: int
+    """From the next try of another number of drafts to the one behind it."""
+    until_probe: int
+    """Steps to the next try."""
+    until_choice: int = 0
+    """Steps to the next choice of what is best."""
+    best: int = 0
+    """Number of drafts."""
+    probes_up: bool = False
     seconds: defaultdict[int, deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=5))
     )
@@ -87,25 +98,22 @@ class DraftPolicy:
         self._rules = rules
         weight = rules.prior_weight
         self._chances = [_Chance(weight, weight * rules.prior_chance) for _ in range(rules.max_drafts)]
-        self._sizes: defaultdict[int, _Sizes] = defaultdict(_Sizes)
-        self._best = 0
-        self._pause_steps = rules.probe_steps
-        self._until_probe = rules.probe_steps
-        self._probes_up = True
+        self._sizes: dict[int, _Size] = {}
 
     def plan_drafts(self, num_sequences: int) -> int:
         """How many tokens to draft for each of the sequences of a decode step, 0 to max_drafts."""
-        best = max(range(self.max_drafts + 1), key=lambda k: self._rate(num_sequences, k))
-        if best != self._best:
-            self._best, self._pause_steps = best, self._rules.probe_steps
-            self._until_probe = min(self._until_probe, self._pause_steps)
-        self._until_probe -= 1
-        if self._until_probe > 0:
-            return best
-        self._until_probe = self._pause_steps
-        self._pause_steps = min(2 * self._pause_steps, self._rules.max_probe_steps)
-        self._probes_up = not self._probes_up
-        return self._neighbour(best)
+        size = self._size(num_sequences)
+        size.until_choice -= 1
+        if size.until_choice < 0:
+            self._choose(size)
+        size.until_probe -= 1
+        if size.until_probe > 0:
+            return size.best
+        size.until_probe = size.pause_steps
+        size.pause_steps = min(2 * size.pause_steps, self._rules.max_probe_steps)
+        size.probes_up = not size.probes_up
+        is_down = size.best == self.max_drafts or (size.best > 0 and not size.probes_up)
+        return size.best - 1 if is_down else size.best + 1
 
     def on_step(
         self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
@@ -116,36 +124,46 @@ class DraftPolicy:
             num_sequences: that decoded.
             num_drafts: of each sequence, as planned.
             seconds: of the whole step.
-            accepted: of each sequence that had all its drafts: how many stood.
+            accepted: of each sequence: how many drafts stood.
         """
-        self._sizes[num_sequences.bit_length()].seconds[num_drafts].append(seconds)
+        size = self._size(num_sequences)
+        size.seconds[num_drafts].append(seconds)
+        if num_drafts == 0:
+            return
+        size.until_choice = 0
         for position, chance in enumerate(self._chances[:num_drafts]):
             num_tried = sum(stood >= position for stood in accepted)
             num_stood = sum(stood > position for stood in accepted)
             memory = self._rules.memory if num_tried else 1.0
             chance.num_drafted = chance.num_drafted * memory + num_tried
             chance.num_accepted = chance.num_accepted * memory + num_stood
-        if num_drafts > self._best and accepted:
-            rate = (1 + statistics.mean(accepted)) / self._seconds(num_sequences.bit_length(), num_drafts)
-            if rate > self._rate(num_sequences, self._best):
-                self._until_probe = min(self._until_probe, 2)
+        if num_drafts > size.best:
+            rate = (1 + sum(accepted) / num_sequences) / self._seconds(size, num_drafts)
+            if rate > self._rate(size, size.best):
+                size.until_probe = min(size.until_probe, 2)
 
-    def _neighbour(self, best: int) -> int:
-        if best == self.max_drafts or (best > 0 and not self._probes_up):
-            return best - 1
-        return best + 1
+    def _size(self, num_sequences: int) -> _Size:
+        pause_steps = self._rules.probe_steps
+        return self._sizes.setdefault(num_sequences.bit_length(), _Size(pause_steps, pause_steps))
 
-    def _rate(self, num_sequences: int, num_drafts: int) -> float:
+    def _choose(self, size: _Size) -> None:
+        best = max(range(self.max_drafts + 1), key=lambda num_drafts: self._rate(size, num_drafts))
+        if best != size.best:
+            size.best, size.pause_steps = best, self._rules.probe_steps
+            size.until_probe = min(size.until_probe, size.pause_steps)
+        size.until_choice = self._rules.choice_steps
+
+    def _rate(self, size: _Size, num_drafts: int) -> float:
         """Expected tokens of a sequence in a second; any unit, but the same for all numbers of drafts."""
         tokens, chance = 1.0, 1.0
         for position in range(num_drafts):
             chance *= self._chances[position].share
             tokens += chance
-        return tokens / self._seconds(num_sequences.bit_length(), num_drafts)
+        return tokens / self._seconds(size, num_drafts)
 
-    def _seconds(self, size: int, num_drafts: int) -> float:
+    def _seconds(self, size: _Size, num_drafts: int) -> float:
         """The time of a step: measured, or by those with the next number of drafts that was."""
-        measured = {k: statistics.median(times) for k, times in self._sizes[size].seconds.items()}
+        measured = {k: statistics.median(times) for k, times in size.seconds.items()}
         if num_drafts in measured:
             return measured[num_drafts]
         prior = self._prior_cost(num_drafts)

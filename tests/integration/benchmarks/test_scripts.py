@@ -98,3 +98,13 @@ def test_overload_is_refused_and_what_is_accepted_is_answered() -> None:
     assert (house["num_done"], house["num_refused"]) == (6, 0)
     assert overload["num_done"] + overload["num_refused"] == overload["num_requests"] == 24
     assert overload["num_refused"] > 0 < overload["num_done"]
+
+
+def test_speculation_compares_with_drafts_and_without() -> None:
+    flags = ["--batches", "1", "--chances", "1", "--new-tokens", "16", "--repeats", "1", "--threads", "1"]
+    done = run_script("speculation", *flags, "--max-drafts", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)["results"]
+    assert (result["batch"], result["chance"]) == (1, 1.0)
+    assert 0 < result["drafts"] <= 1
+    assert result["ratio"] > 0

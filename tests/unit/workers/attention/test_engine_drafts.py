@@ -38,6 +38,9 @@ class Oracle:
     def catch_up(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
         self._inner.catch_up(sequences, max_rows=max_rows)
 
+    def forget(self, sequences: Sequence[SequenceState], *, max_rows: int) -> None:
+        self._inner.forget(sequences, max_rows=max_rows)
+
     def draft(self, sequences: Sequence[SequenceState], num_drafts: Sequence[int]) -> list[tuple[int, ...]]:
         drafts = self._inner.draft(sequences, num_drafts)
         return [self._replace(s, ids) for s, ids in zip(sequences, drafts, strict=True)]
@@ -59,14 +62,30 @@ class AlwaysDrafts(DraftPolicy):
         return self.max_drafts
 
 
+class SometimesDrafts(DraftPolicy):
+    """Another number of drafts in every step, often none."""
+
+    def __init__(self, rules: DraftRules) -> None:
+        super().__init__(rules)
+        self._rng = random.Random(2)
+
+    def plan_drafts(self, num_sequences: int) -> int:
+        return max(0, self._rng.randint(-2, self.max_drafts))
+
+
 def open_drafting(
-    shape: str = "mtp", *, max_drafts: int = 3, wrap: Callable[[Drafter], Drafter] = lambda d: d, **group: Any
+    shape: str = "mtp",
+    *,
+    max_drafts: int = 3,
+    policy: type[DraftPolicy] = AlwaysDrafts,
+    wrap: Callable[[Drafter], Drafter] = lambda d: d,
+    **group: Any,
 ) -> Any:
     """An engine that drafts in every step."""
 
     def change(speculation: Speculation) -> Speculation:
-        policy = AlwaysDrafts(DraftRules(max_drafts=max_drafts))
-        return replace(speculation, drafter=wrap(speculation.drafter), policy=policy)
+        drafter, rules = wrap(speculation.drafter), DraftRules(max_drafts=max_drafts)
+        return replace(speculation, drafter=drafter, policy=policy(rules))
 
     return open_engine(shape, max_drafts=max_drafts, change_speculation=change, **group)
 
@@ -99,8 +118,14 @@ def test_greedy_text_with_drafts_is_that_of_the_goldens(max_step_tokens: int, ma
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed", "penalties"])
 @pytest.mark.parametrize(
     "group",
-    [{}, {"max_step_tokens": 9}, {"micro_batches": 2}, {"num_pages": 24, "page_tokens": 4}],
-    ids=["plain", "small steps", "micro-batches", "small pool"],
+    [
+        {},
+        {"policy": SometimesDrafts},
+        {"max_step_tokens": 9},
+        {"micro_batches": 2},
+        {"num_pages": 24, "page_tokens": 4},
+    ],
+    ids=["plain", "sometimes", "small steps", "micro-batches", "small pool"],
 )
 def test_mixed_prompts_give_the_text_that_they_give_without_drafts(
     chance: float, sampling: Sampling, group: dict[str, Any]
@@ -175,10 +200,10 @@ class Recorder(Oracle):
         return draft_ids
 
 
-@pytest.mark.parametrize("max_drafts", [1, 3])
+@pytest.mark.parametrize("policy", [AlwaysDrafts, SometimesDrafts])
 @pytest.mark.parametrize("max_step_tokens", [7, 512])
 def test_drafts_are_what_the_layer_scores_best_over_the_whole_text(
-    max_step_tokens: int, max_drafts: int
+    max_step_tokens: int, policy: type[DraftPolicy]
 ) -> None:
     golden = goldens("mtp")[2]
     recorders: list[Recorder] = []
@@ -187,7 +212,7 @@ def test_drafts_are_what_the_layer_scores_best_over_the_whole_text(
         recorders.append(Recorder(inner))
         return recorders[0]
 
-    with open_drafting(max_step_tokens=max_step_tokens, max_drafts=max_drafts, wrap=wrap) as lab:
+    with open_drafting(max_step_tokens=max_step_tokens, policy=policy, wrap=wrap) as lab:
         text = [*golden.prompt, *lab.run(golden.prompt, max_tokens=12)]
         scoring = lab.engine.score(ScoreSpec(token_ids=tuple(text), chunk_tokens=512))
         best = scoring.result(timeout=30)["mtp_logits"].argmax(-1).tolist()

@@ -125,3 +125,15 @@ def test_whatever_arrives_each_layer_grows_row_by_row(offers: list[tuple[int, in
         assert min(stored.values()) < WANTED.num_tokens
     else:
         assert set(stored.values()) == {WANTED.num_tokens}
+
+
+def test_rows_of_an_optional_layer_may_come_and_may_be_missing() -> None:
+    made = Receipt(replace(WANTED, num_optional_layers=1))
+    for item in (*BOTH, rows(2, 0, 16)):
+        made.accept_rows(item)
+    with pytest.raises(FrameInvalid, match="gap|duplicate|wanted row 16"):
+        made.accept_rows(rows(2, 0, 16))
+    with pytest.raises(FrameInvalid, match="layer"):
+        made.accept_rows(rows(3, 0, 16))
+    made.accept_token(7)
+    assert made.is_done
