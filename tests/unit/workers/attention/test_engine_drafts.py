@@ -231,7 +231,7 @@ def test_drafts_behind_a_hand_over_are_those_of_one_worker_where_the_rows_were_s
     greedy = golden.tensor("greedy").tolist()
     with open_drafting(max_step_tokens=max_step_tokens) as lab:
         prefill = lab.submit(make_spec(golden.prompt, source=Source.PREFILL_ONLY))
-        first_id = prefill.token().token_id
+        first = prefill.token()
     given = prefill.rows() if with_layer else [rows for rows in prefill.rows() if rows.layer_idx < 2]
     recorders: list[Recorder] = []
 
@@ -243,7 +243,7 @@ def test_drafts_behind_a_hand_over_are_those_of_one_worker_where_the_rows_were_s
         to = lab.submit(make_spec(golden.prompt, max_tokens=12, source=Source.REMOTE)).admitted()
         for rows in given:
             lab.engine.add_rows(to.spec.key, rows)
-        lab.engine.finish_transfer(to.spec.key, first_id)
+        lab.engine.finish_transfer(to.spec.key, first)
         assert to.tokens() == greedy
     with open_drafting(max_drafts=1, wrap=wrap) as lab:
         assert lab.run(golden.prompt, max_tokens=12) == greedy

@@ -131,7 +131,7 @@ def test_rows_of_an_optional_layer_may_come_and_may_be_missing() -> None:
     made = Receipt(replace(WANTED, num_optional_layers=1))
     for item in (*BOTH, rows(2, 0, 16)):
         made.accept_rows(item)
-    with pytest.raises(FrameInvalid, match="gap|duplicate|wanted row 16"):
+    with pytest.raises(FrameInvalid, match="duplicate"):
         made.accept_rows(rows(2, 0, 16))
     with pytest.raises(FrameInvalid, match="layer"):
         made.accept_rows(rows(3, 0, 16))
