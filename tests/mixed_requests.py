@@ -94,10 +94,11 @@ def message_of(sampling: Sampling) -> SamplingParams:
 
 
 def options_of(request: MixedRequest) -> GenerateOptions:
-    """The request as a client of the router asks it; of stop tokens there is only the end token."""
+    """The request as a client of the router asks it."""
     return GenerateOptions(
         max_tokens=request.max_tokens,
         ignore_eos=EOS_TOKEN_ID not in request.stop_token_ids,
+        stop_token_ids=tuple(sorted(request.stop_token_ids - {EOS_TOKEN_ID})),
         temperature=request.sampling.temperature,
         top_p=request.sampling.top_p,
         top_k=request.sampling.top_k,

@@ -4,16 +4,25 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_cluster import Running, end
 from e2e_pages import wait_no_page_is_used
-from mixed_requests import EOS_TOKEN_ID, MixedRequest, answers_alone, differences, make_mixed, options_of
+from mixed_requests import (
+    EOS_TOKEN_ID,
+    MixedRequest,
+    answers_alone,
+    differences,
+    make_mixed,
+    options_of,
+    with_stops,
+)
 
 from benchmarks._one_process import one_process
-from cluster.client import InferenceClient
+from cluster.client import Answer, GenerateOptions, InferenceClient
 from model.make import make_checkpoint
 from wire.proto import inference_pb2
 
@@ -29,9 +38,8 @@ ROLES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Requests to a checkpoint, and what each of them gets alone."""
+    """Requests, and what each of them gets alone."""
 
-    model: Path
     requests: list[MixedRequest]
     alone: list[list[int]]
 
@@ -49,7 +57,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_case(model: Path, *, num: int, longest_tokens: int) -> Case:
     requests = make_mixed(num, seed=20, longest_tokens=longest_tokens, eos_token_id=EOS_TOKEN_ID)
     with one_process(model, prefix_reuse=False) as engine:
-        return Case(model, requests, answers_alone(engine, requests))
+        stopped = list(with_stops(requests, answers_alone(engine, requests), seed=21))
+        return Case(stopped, answers_alone(engine, stopped))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +85,43 @@ def test_few_mixed_requests_at_once_get_what_each_gets_alone(cluster: Running, f
 @pytest.mark.slow
 def test_many_mixed_requests_at_once_get_what_each_gets_alone(cluster: Running, many: Case) -> None:
     check(cluster, many)
+
+
+TEXTS: tuple[GenerateOptions, ...] = (
+    GenerateOptions(stop=("e", "zz"), ignore_eos=True, max_tokens=60),
+    GenerateOptions(stop=("th", "a b"), ignore_eos=True, max_tokens=60, temperature=1.0, seed=5),
+    GenerateOptions(regex="[a-f]{3,9}-[0-9]{4}", temperature=1.2, seed=6, max_tokens=40),
+    GenerateOptions(json_schema='{"type": "array", "items": {"type": "boolean"}}', max_tokens=40),
+    GenerateOptions(json_schema='{"type": "integer"}', temperature=1.0, seed=7, max_tokens=12),
+    GenerateOptions(logprobs=3, ignore_eos=True, max_tokens=9, temperature=0.7, seed=8),
+)
+
+
+def test_stop_strings_and_structures_among_others_give_what_they_give_alone(
+    cluster: Running, few: Case
+) -> None:
+    address = cluster.shell.members()["router-0"]["address"]
+    prompts = [request.prompt for request in few.requests[: len(TEXTS)]]
+
+    async def main() -> None:
+        async with InferenceClient(address) as client:
+            asks = [partial(ask_text, client, *one) for one in zip(prompts, TEXTS, strict=True)]
+            alone = [await one() for one in asks]
+            others = [ask(client, request) for request in few.requests]
+            answers, _ = await asyncio.gather(
+                asyncio.gather(*(one() for one in asks)), asyncio.gather(*others)
+            )
+            assert answers == alone
+            assert all(answer.token_ids for answer in answers)
+
+    asyncio.run(main())
+
+
+async def ask_text(client: InferenceClient, prompt: Sequence[int], options: GenerateOptions) -> Answer:
+    answer = Answer()
+    async for message in client.stream(prompt, options):
+        answer.add(message)
+    return answer
 
 
 def check(cluster: Running, case: Case) -> None:
