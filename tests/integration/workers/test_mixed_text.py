@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from tests.integration.workers.lab import Cluster, open_cluster, run_test
 from tests.reference_data import checkpoint_dir
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, build_whole_engine
+from workers.attention.types import Phase
 from workers.config import AttentionConfig, KvConfig
 
 NUM_REQUESTS = 24
@@ -34,25 +36,39 @@ ARRANGEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "both-few-pages": {"both-0": {"num_pages": FEW_PAGES}},
     "both-few-pages-no-reuse": {"both-0": {"num_pages": FEW_PAGES, "prefix_reuse": False}},
 }
+GREEDY_FOR_PAGES = {"num_pages": FEW_PAGES, "lookahead_tokens": 1}
+"""Requests start as soon as their prompts fit, and are preempted when others grow."""
+GROWTH_TOKENS = 60
+"""Longer answers than there is room for."""
+PREEMPTED: dict[str, dict[str, dict[str, Any]]] = {
+    "apart-short-of-pages": {"prefill-0": {}, "decode-0": GREEDY_FOR_PAGES},
+    "both-preempted": {"both-0": GREEDY_FOR_PAGES},
+    "both-preempted-no-reuse": {"both-0": GREEDY_FOR_PAGES | {"prefix_reuse": False}},
+    "both-preempted-small-steps": {"both-0": GREEDY_FOR_PAGES | {"max_step_tokens": 6}},
+}
 DRAFTING: dict[str, dict[str, dict[str, Any]]] = {
     "apart-drafts": {"prefill-0": {}, "decode-0": {"num_drafts": 3}},
     "both-drafts": {"both-0": {"num_drafts": 3}},
-    "both-drafts-few-pages": {"both-0": {"num_drafts": 2, "num_pages": FEW_PAGES}},
+    "both-drafts-few-pages": {"both-0": GREEDY_FOR_PAGES | {"num_drafts": 2}},
     "both-drafts-small-steps-no-reuse": {
         "both-0": {"num_drafts": 4, "max_step_tokens": 6, "prefix_reuse": False}
     },
 }
 """For a model with an MTP layer."""
 CASES = [
-    *((shape, name) for shape in ("sparse", "mtp") for name in ARRANGEMENTS),
+    *((shape, name) for shape in ("sparse", "mtp") for name in ARRANGEMENTS | PREEMPTED),
     *(("mtp", name) for name in DRAFTING),
 ]
 
 
 @functools.cache
-def case(shape: str) -> tuple[list[MixedRequest], list[list[int]]]:
+def case(shape: str, more_tokens: int) -> tuple[list[MixedRequest], list[list[int]]]:
     """Requests, and the answers of one process that gets them one by one, unchunked and uncancelled."""
-    requests = make_mixed(NUM_REQUESTS, seed=5, longest_tokens=LONGEST_TOKENS)
+    longest_tokens = LONGEST_TOKENS - more_tokens
+    requests = [
+        replace(request, max_tokens=request.max_tokens + more_tokens)
+        for request in make_mixed(NUM_REQUESTS, seed=5, longest_tokens=longest_tokens)
+    ]
     checkpoint = Checkpoint.open(checkpoint_dir(shape))
     config = EngineConfig(group=AttentionConfig(num_pages=64), kv=KvConfig(prefix_reuse=False))
     engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
@@ -66,16 +82,26 @@ def case(shape: str) -> tuple[list[MixedRequest], list[list[int]]]:
 
 @pytest.mark.parametrize(("shape", "arrangement"), CASES)
 def test_mixed_requests_at_once_get_what_each_gets_alone(shape: str, arrangement: str) -> None:
-    requests, alone = case(shape)
-    workers = (ARRANGEMENTS | DRAFTING)[arrangement]
+    requests, alone = case(shape, GROWTH_TOKENS if arrangement in PREEMPTED else 0)
+    workers = (ARRANGEMENTS | PREEMPTED | DRAFTING)[arrangement]
 
     async def main() -> None:
         async with open_cluster(shape, attention=workers) as cluster:
             answers = await asyncio.gather(*(ask(cluster, request) for request in requests))
             assert differences(requests, answers, alone) == []
+            assert num_preempted(cluster) > 0 or arrangement not in PREEMPTED
             assert (num_drafted(cluster) > 0) == (arrangement in DRAFTING)
 
     run_test(main())
+
+
+def num_preempted(cluster: Cluster) -> float:
+    """Sequences that gave their pages up, of all workers."""
+    return sum(
+        cluster.metric(name, "preemptions_total", state=phase.value)
+        for name in cluster.attention
+        for phase in Phase
+    )
 
 
 def num_drafted(cluster: Cluster) -> float:
