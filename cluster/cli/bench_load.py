@@ -172,7 +172,7 @@ def _latencies(report: "LoadReport") -> Table:
         ("whole answer", report.answer_ms),
     ]
     if report.num_refused:
-        rows.append(("refusal", report.refusal_ms))
+        rows += [("refusal", report.refusal_ms), ("try again after", report.retry_after_ms)]
     table = Table("ms")
     for name in ("mean", "p50", "p90", "p99", "highest"):
         table.add_column(name, justify="right")

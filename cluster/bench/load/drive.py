@@ -80,7 +80,7 @@ class _Load:
             max_tokens=request.max_tokens, ignore_eos=True, deadline_s=self._spec.deadline_s
         )
         sent_s, token_s = self._now_s(), list[float]()
-        num_cached_tokens, error, is_refused = 0, "", False
+        num_cached_tokens, error, is_refused, retry_after_s = 0, "", False, 0.0
         try:
             async for message in client.stream(request.prompt, options):
                 token_s += [self._now_s()] * len(message.token_ids)
@@ -88,6 +88,7 @@ class _Load:
         except MorayError as caught:
             error = f"{type(caught).__name__}: {caught.message}"
             is_refused = isinstance(caught, Overloaded) and not token_s
+            retry_after_s = caught.retry_after_s
         return Outcome(
             due_s=due_s,
             sent_s=sent_s,
@@ -96,5 +97,6 @@ class _Load:
             num_prompt_tokens=len(request.prompt),
             num_cached_tokens=num_cached_tokens,
             is_refused=is_refused,
+            retry_after_s=retry_after_s,
             error=error,
         )

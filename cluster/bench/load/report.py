@@ -49,6 +49,8 @@ class LoadReport:
     """From when a request was due to its last token."""
     refusal_ms: Spread
     """From when a refused request was sent to its refusal."""
+    retry_after_ms: Spread
+    """When refused requests were told to try again, where they were."""
     late_ms: Spread
     """How much later than due requests were sent: large values are the load generator's own."""
     requests_per_s: float
@@ -99,6 +101,7 @@ def make_report(outcomes: Sequence[Outcome], *, objectives: Objectives) -> LoadR
         itl_ms=spread_ms(chain.from_iterable(outcome.gaps_s for outcome in done)),
         answer_ms=spread_ms(outcome.token_s[-1] - outcome.due_s for outcome in done),
         refusal_ms=spread_ms(outcome.ended_s - outcome.sent_s for outcome in refused),
+        retry_after_ms=spread_ms(outcome.retry_after_s for outcome in refused if outcome.retry_after_s),
         late_ms=spread_ms(outcome.sent_s - outcome.due_s for outcome in outcomes),
         requests_per_s=len(done) * per_s,
         prompt_tokens_per_s=num_prompt * per_s,

@@ -32,6 +32,8 @@ class Outcome:
     """Of the prompt, those that were not computed again."""
     is_refused: bool = False
     """For lack of capacity, before any work."""
+    retry_after_s: float = 0.0
+    """When a refused request should be tried again; 0 = the refusal does not say."""
     error: str = ""
     """Why there is no whole answer; empty when there is."""
 

@@ -45,7 +45,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.prompts.append(tuple(request.tokens.ids))
         self.peers.add(context.peer())
         if self.num_open >= self.room:
-            raise Overloaded("full")
+            raise Overloaded("full", retry_after_s=1.5)
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         for idx in range(request.max_tokens):
@@ -124,6 +124,7 @@ def test_refusals_are_told_from_answers_and_timed(served: Served) -> None:
     report = measure(served).report
     assert (report.num_done, report.num_refused, report.num_failed) == (0, 12, 0)
     assert report.refusal_ms.p50 > 0
+    assert report.retry_after_ms.mean == 1500
     assert report.errors == {"Overloaded: full": 12}
 
 

@@ -16,7 +16,9 @@ QUICK = Outcome(
     num_cached_tokens=10,
 )
 SLOW = Outcome(due_s=1.0, sent_s=1.2, ended_s=4.0, token_s=(2.0, 4.0), num_prompt_tokens=10)
-REFUSED = Outcome(due_s=1.0, sent_s=1.0, ended_s=1.05, is_refused=True, error="Overloaded: full")
+REFUSED = Outcome(
+    due_s=1.0, sent_s=1.0, ended_s=1.05, is_refused=True, retry_after_s=0.5, error="Overloaded: full"
+)
 BROKEN = Outcome(due_s=2.0, sent_s=2.0, ended_s=3.0, token_s=(2.5,), error="WorkerLost: gone")
 ALL = (QUICK, SLOW, REFUSED, BROKEN)
 
@@ -32,6 +34,7 @@ def test_latencies_count_from_when_a_request_was_due() -> None:
     assert report.ttft_ms.mean == pytest.approx((100 + 1000) / 2)
     assert report.answer_ms.highest == pytest.approx(3000)
     assert report.refusal_ms.p99 == pytest.approx(50)
+    assert report.retry_after_ms.p50 == 500
     assert report.late_ms.highest == pytest.approx(200)
     assert report.itl_ms.mean == pytest.approx((100 + 200 + 2000) / 3)
 
