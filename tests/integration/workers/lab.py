@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc.aio
 import numpy as np
@@ -37,6 +37,7 @@ from workers.attention.speculation import DraftPolicy, DraftRules
 from workers.config import AttentionConfig, ComputeConfig, DispatchConfig, KvConfig, MtpConfig
 from workers.expert.server import ExpertServer, ExpertSettings
 
+CacheDtype = Literal["float32", "bfloat16", "fp8"]
 TEST_S = 60
 HOST = "127.0.0.1"
 PAGE_TOKENS = 4
@@ -159,6 +160,7 @@ class Cluster:
         prefix_reuse: bool = True,
         lease_s: float = 4.0,
         num_drafts: int = 0,
+        cache_dtype: CacheDtype = "float32",
         **group: Any,
     ) -> Worker:
         """An attention worker; with `num_drafts` it drafts so many tokens in every step."""
@@ -166,7 +168,9 @@ class Cluster:
         engine = EngineConfig(
             group=AttentionConfig(**values),
             compute=self.compute,
-            kv=KvConfig(page_tokens=page_tokens, prefix_reuse=prefix_reuse, lease_s=lease_s),
+            kv=KvConfig(
+                page_tokens=page_tokens, prefix_reuse=prefix_reuse, lease_s=lease_s, dtype=cache_dtype
+            ),
             mtp=MtpConfig(max_drafts=num_drafts),
             change_speculation=_always_draft,
         )

@@ -10,7 +10,7 @@ import pytest
 from mixed_requests import MixedRequest, answers_alone, differences, make_mixed, message_of, with_stops
 
 from model.checkpoint import Checkpoint
-from tests.integration.workers.lab import Cluster, open_cluster, run_test
+from tests.integration.workers.lab import CacheDtype, Cluster, open_cluster, run_test
 from tests.reference_data import checkpoint_dir
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, build_whole_engine
@@ -55,14 +55,20 @@ DRAFTING: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """For a model with an MTP layer."""
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    f"{roles}-{dtype}-cache": {name: {"cache_dtype": dtype} for name in names}
+    for dtype in ("bfloat16", "fp8")
+    for roles, names in {"apart": ("prefill-0", "decode-0"), "both": ("both-0",)}.items()
+}
+"""Cached rows in fewer bytes: another text, the same in every arrangement."""
 CASES = [
     *((shape, name) for shape in ("sparse", "mtp") for name in ARRANGEMENTS | PREEMPTED),
-    *(("mtp", name) for name in DRAFTING),
+    *(("mtp", name) for name in DRAFTING | FORMS),
 ]
 
 
 @functools.cache
-def case(shape: str, more_tokens: int) -> tuple[list[MixedRequest], list[list[int]]]:
+def case(shape: str, more_tokens: int, cache_dtype: CacheDtype) -> tuple[list[MixedRequest], list[list[int]]]:
     """Requests, and the answers of one process that gets them one by one, unchunked and uncancelled."""
     longest_tokens = LONGEST_TOKENS - more_tokens
     requests = [
@@ -70,7 +76,9 @@ def case(shape: str, more_tokens: int) -> tuple[list[MixedRequest], list[list[in
         for request in make_mixed(NUM_REQUESTS, seed=5, longest_tokens=longest_tokens)
     ]
     checkpoint = Checkpoint.open(checkpoint_dir(shape))
-    config = EngineConfig(group=AttentionConfig(num_pages=64), kv=KvConfig(prefix_reuse=False))
+    config = EngineConfig(
+        group=AttentionConfig(num_pages=64), kv=KvConfig(prefix_reuse=False, dtype=cache_dtype)
+    )
     engine = build_whole_engine(checkpoint, config=config, metrics=Metrics("attention"))
     engine.start()
     try:
@@ -82,8 +90,9 @@ def case(shape: str, more_tokens: int) -> tuple[list[MixedRequest], list[list[in
 
 @pytest.mark.parametrize(("shape", "arrangement"), CASES)
 def test_mixed_requests_at_once_get_what_each_gets_alone(shape: str, arrangement: str) -> None:
-    requests, alone = case(shape, GROWTH_TOKENS if arrangement in PREEMPTED else 0)
-    workers = (ARRANGEMENTS | PREEMPTED | DRAFTING)[arrangement]
+    workers = (ARRANGEMENTS | PREEMPTED | DRAFTING | FORMS)[arrangement]
+    cache_dtype = next(iter(workers.values())).get("cache_dtype", "float32")
+    requests, alone = case(shape, GROWTH_TOKENS if arrangement in PREEMPTED else 0, cache_dtype)
 
     async def main() -> None:
         async with open_cluster(shape, attention=workers) as cluster:
