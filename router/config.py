@@ -37,3 +37,11 @@ class RouterConfig(FrozenConfig):
     prefix_pages: int = Field(65536, ge=0)
     """KV pages of prompts remembered of each worker, at about 200 bytes each, to send prompts to where their
     beginning is cached; 0 = by load alone."""
+    max_queued_requests: int = Field(256, ge=0)
+    """Requests that wait here for room at the workers; one more is refused with RESOURCE_EXHAUSTED."""
+    max_wait_s: float = Field(30.0, ge=0)
+    """Seconds that a request waits for room; one that would wait longer is refused at once."""
+    queue_share: float = Field(0.5, gt=0, le=1)
+    """Of the waiting requests, one tenant's at most while others wait too."""
+    kv_overcommit: float = Field(2.0, ge=1)
+    """KV pages that admitted requests may grow to, over those of all decode workers; few grow so far."""

@@ -59,6 +59,16 @@ METRICS: tuple[MetricSpec, ...] = (
         "Streams that joined a request by its id, by whether it was running or finished.",
         ("state",),
     ),
+    MetricSpec("moray_router_queued_requests", Kind.GAUGE, "Requests that wait for room at the workers."),
+    MetricSpec(
+        "moray_router_queue_seconds", Kind.HISTOGRAM, "Wait of a request until there was room.", (), _SECONDS
+    ),
+    MetricSpec(
+        "moray_router_refused_total",
+        Kind.COUNTER,
+        "Requests refused before any work: full, wait, tenant, deadline or displaced.",
+        ("reason",),
+    ),
     MetricSpec(
         "moray_router_routes_total",
         Kind.COUNTER,

@@ -38,7 +38,8 @@ class Admission:
         if self.num_active >= self._max:
             raise Overloaded(
                 f"this router holds {self._max} requests, its limit (router.max_active_requests); "
-                "try again in about 1 s, or another router"
+                "try again in about 1 s, or another router",
+                retry_after_s=1.0,
             )
         with self._stay(self._tasks):
             yield

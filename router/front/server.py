@@ -70,6 +70,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """
         left_s = context.time_remaining()
         end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
+        if not request.tenant:
+            request.tenant = _tenant_of(context)
         is_shared = bool(request.request_id) and request.n <= 1
         door = self._admission.follow() if is_shared else self._admission.enter()
         with RequestMeter(self._metrics, context) as meter, door:
@@ -168,3 +170,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             wanted = "wanted none, because the router has no tokenizer of this model"
             raise InvalidRequest(f"stop: {wanted}; got {len(admitted.stop)} strings", field="stop")
         return admitted, tokenizer
+
+
+def _tenant_of(context: Context) -> str:
+    """The tenant that the call's metadata names; a gateway may set it for its clients."""
+    return next((str(value) for key, value in context.invocation_metadata() or () if key == "x-tenant"), "")

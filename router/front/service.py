@@ -16,9 +16,11 @@ from router.front.http import HttpServer, HttpSources, make_app
 from router.front.malformed import RefuseMalformed
 from router.front.server import InferenceService
 from router.requests.ledger import Ledger
+from router.requests.line import Line, LineLimits
 from router.requests.links import WorkerLinks
 from router.requests.roster import Roster
 from router.requests.session import SessionLimits, SessionRunner
+from router.requests.waiting import WaitingRoom
 from wire.errors import ConfigError
 from wire.metrics import Metrics
 from wire.proto import control_pb2, inference_pb2, inference_pb2_grpc
@@ -61,8 +63,21 @@ class RouterService:
         self.roster = Roster()
         self._links = WorkerLinks()
         self._admission = Admission(max_active_requests=config.max_active_requests)
+        limits = LineLimits(
+            max_requests=config.max_queued_requests,
+            max_wait_s=config.max_wait_s,
+            tenant_share=config.queue_share,
+        )
+        self._room = WaitingRoom(
+            Line(limits),
+            roster=self.roster,
+            max_wait_s=config.max_wait_s,
+            overcommit=config.kv_overcommit,
+            metrics=self.metrics,
+        )
         self._runner = SessionRunner(
             roster=self.roster,
+            room=self._room,
             links=self._links,
             limits=SessionLimits(
                 num_replays=config.num_replays,
@@ -159,6 +174,7 @@ class RouterService:
             self._http = None
         await self._links.close()
         self.ledger.check_integrity()
+        self._room.check_integrity()
 
     async def _start_grpc(self) -> int:
         # Clients are strangers: unlike between workers, a message has a limit here.
@@ -189,7 +205,7 @@ class RouterService:
     def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
         self.roster.update(snapshot)
         self._links.drop_absent(self.roster.view)
-        self._runner.drop_absent(self.roster.view)
+        self._runner.follow(self.roster.view)
         self._health_turn.set()
         self.metrics.gauge("snapshot_version").set(snapshot.version)
         for role in _ROLES:

@@ -1,6 +1,7 @@
 """A request from admission to its last token: attempts on workers, replayed until the stream is whole."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections.abc import AsyncGenerator
@@ -16,6 +17,7 @@ from router.requests.roster import Roster
 from router.requests.selection import Route, plan_route
 from router.requests.transcript import Transcript
 from router.requests.types import AdmittedRequest, Failure, TokenBatch
+from router.requests.waiting import WaitingRoom
 from wire.errors import DeadlinePassed, NotReady
 from wire.handshake import Handshake
 from wire.metrics import Metrics
@@ -40,9 +42,16 @@ class SessionRunner:
     """Runs requests; every one is an async iterator that the caller must close."""
 
     def __init__(
-        self, *, roster: Roster, links: WorkerLinks, limits: SessionLimits, metrics: Metrics
+        self,
+        *,
+        roster: Roster,
+        room: WaitingRoom,
+        links: WorkerLinks,
+        limits: SessionLimits,
+        metrics: Metrics,
     ) -> None:
         self._roster = roster
+        self._room = room
         self._links = links
         self._limits = limits
         self._metrics = metrics
@@ -50,9 +59,10 @@ class SessionRunner:
         self.ledger = Ledger()
         """What is in flight; sessions are the only writers."""
 
-    def drop_absent(self, view: ClusterView) -> None:
-        """Forgets what workers cached that left the cluster."""
+    def follow(self, view: ClusterView) -> None:
+        """Forgets what workers cached that left the cluster; lets in whom new workers have room for."""
         self._affinity.index.drop_absent(view.present)
+        self._room.call_next()
 
     async def run(self, request: AdmittedRequest, *, end_s: float | None) -> AsyncGenerator[TokenBatch, None]:
         """The new tokens of a request, numbered, until its end mark.
@@ -62,8 +72,20 @@ class SessionRunner:
             end_s: loop time at which the client's deadline passes, or None.
 
         Raises:
+            Overloaded: too much waits, here or at every worker.
             MorayError: the request cannot be finished; WorkerLost after the last replay.
         """
+        async with (
+            self._room.stay(request, end_s=end_s),
+            contextlib.aclosing(self._carry_out(request, end_s=end_s)) as batches,
+        ):
+            async for batch in batches:
+                yield batch
+
+    async def _carry_out(
+        self, request: AdmittedRequest, *, end_s: float | None
+    ) -> AsyncGenerator[TokenBatch, None]:
+        """Attempts, one after the other, until the stream is whole."""
         transcript = Transcript(request)
         state = self._first_state()
         for attempt_idx in itertools.count():

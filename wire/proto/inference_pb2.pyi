@@ -76,7 +76,9 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """From -100 to 100; higher goes first where requests wait."""
     tenant: _builtins.str
-    """Who pays: tenants of one priority get the same share of a worker. Up to 64 characters, as of request_id."""
+    """Who pays: tenants of one priority get the same share of a worker. Up to 64 characters, as of request_id.
+    Empty = what the call's metadata x-tenant says.
+    """
     resume_from: _builtins.int
     """First token, counted from 0, that the client still wants; what it has already is left out. Needs request_id."""
     @_builtins.property

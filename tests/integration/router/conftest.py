@@ -220,9 +220,12 @@ class Lab:
 
     def call(self, ids: tuple[int, ...] = (5, 6, 7), *, timeout: float | None = None, **fields: Any) -> Any:
         """An open Generate call."""
+        return self.stub.Generate(self.request(ids, **fields), timeout=timeout)
+
+    def request(self, ids: tuple[int, ...] = (5, 6, 7), **fields: Any) -> inference_pb2.GenerateRequest:
         if "text" not in fields:
             fields["tokens"] = inference_pb2.TokenIds(ids=ids)
-        return self.stub.Generate(inference_pb2.GenerateRequest(**fields), timeout=timeout)
+        return inference_pb2.GenerateRequest(**fields)
 
     async def tokens(self, call: Any) -> list[int]:
         """Every token of a call; their numbering must have no gap and no overlap."""
