@@ -139,6 +139,8 @@ def _absorbed_reads(
     """What the rows that are not expanded read; tells the trace of every row."""
     found: list[Reads] = []
     for plan in step.plans:
+        if cached.on_read is not None and plan.begin_row < plan.dense_end:
+            cached.on_read(cached.context_S[plan.span_idx])
         dense = step.dense_reads[plan.span_idx]
         if dense is not None:
             found.append(dense)
@@ -146,7 +148,10 @@ def _absorbed_reads(
         if plan.dense_end < plan.end_row:
             sparse = plan.reads(cached, plan.dense_end, plan.end_row)
             position_RU = _select(x_TD, q_TQ, weights, step, cached=cached, reads=sparse)
-            found.append(replace(sparse, selected_RU=sparse.context_S[position_RU]))
+            selected_RU = sparse.context_S[position_RU]
+            if cached.on_read is not None:
+                cached.on_read(selected_RU)
+            found.append(replace(sparse, selected_RU=selected_RU))
         if step.trace is not None:
             num_selected = step.config.index_topk
             step.trace.on_index(layer_idx, plan.span_idx, _listed(plan, position_RU, num_selected))

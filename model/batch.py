@@ -92,6 +92,8 @@ class LayerCache:
     """For each span (S,) int64: the rows of its sequence, those of this step too, in order of position."""
     on_stored: Callable[[], None] | None = None
     """Called by attention when the batch's rows are stored, before it reads any; None = nobody cares."""
+    on_read: Callable[[Tensor], None] | None = None
+    """Called by attention with indices of the rows whose latents it is about to read, int64 of any shape."""
 
     def append(self, rows_TW: Tensor) -> None:
         """Stores the batch's rows, (T, W)."""

@@ -13,6 +13,7 @@ Letters: L layers, N rows of the cache, B bytes of a row, S rows that are read, 
 width, C latent, P rope width, G groups of V = 128 values.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,8 +39,9 @@ class RowCodec:
         self._layout = layout
         self._is_fp8 = form == "fp8"
         self._num_groups = -(-layout.latent // _GROUP) if self._is_fp8 else 0
-        key_bytes = (layout.width - layout.key_begin) * 4
-        self._rope_begin = key_bytes + self._num_groups * 4
+        self.key_bytes = (layout.width - layout.key_begin) * 4
+        """Of the indexer's key, the first ones."""
+        self._rope_begin = self.key_bytes + self._num_groups * 4
         self._latent_begin = self._rope_begin + layout.rope * 2
         num_bytes = self._latent_begin + layout.latent * (1 if self._is_fp8 else 2)
         self.row_bytes = -(-num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
@@ -60,21 +62,30 @@ class RowCodec:
         bytes_TB = torch.cat(parts, dim=1)
         return pad(bytes_TB, (0, self.row_bytes - bytes_TB.shape[1]))
 
-    def decode_into(self, rows_SW: Tensor, bytes_SB: Tensor) -> None:
-        """Writes (S, W) float32 from (S, B) uint8."""
-        layout, rope_begin, latent_begin = self._layout, self._rope_begin, self._latent_begin
-        key_bytes = rope_begin - self._num_groups * 4
-        rows_SW[:, layout.key_begin :] = bytes_SB[:, :key_bytes].view(torch.float32)
-        rope_SP = bytes_SB[:, rope_begin:latent_begin].view(torch.bfloat16)
-        rows_SW[:, layout.latent : layout.key_begin] = rope_SP
+    def decode_keys(self, bytes_SB: Tensor) -> Tensor:
+        """The indexer's keys, (S, I) float32 places, of the first `key_bytes` of (S, B) uint8."""
+        return bytes_SB[:, : self.key_bytes].view(torch.float32)
+
+    def decode_latents(self, bytes_SB: Tensor) -> Tensor:
+        """Latents and rope keys, (S, C + P) float32, of (S, B - key_bytes) uint8: what is behind the keys."""
+        layout = self._layout
+        rope_begin, latent_begin = (at - self.key_bytes for at in (self._rope_begin, self._latent_begin))
+        rows_SX = torch.empty(len(bytes_SB), layout.key_begin, device=bytes_SB.device)
+        rows_SX[:, layout.latent :] = bytes_SB[:, rope_begin:latent_begin].view(torch.bfloat16)
         if self._is_fp8:
-            scale_SG = bytes_SB[:, key_bytes:rope_begin].view(torch.float32)
+            scale_SG = bytes_SB[:, :rope_begin].view(torch.float32)
             codes_SC = bytes_SB[:, latent_begin : latent_begin + layout.latent].view(_FP8)
             latent_SGV = self._grouped(codes_SC.to(torch.float32)) * scale_SG[..., None]
-            rows_SW[:, : layout.latent] = latent_SGV.flatten(1)[:, : layout.latent]
+            rows_SX[:, : layout.latent] = latent_SGV.flatten(1)[:, : layout.latent]
         else:
             latent_end = latent_begin + layout.latent * 2
-            rows_SW[:, : layout.latent] = bytes_SB[:, latent_begin:latent_end].view(torch.bfloat16)
+            rows_SX[:, : layout.latent] = bytes_SB[:, latent_begin:latent_end].view(torch.bfloat16)
+        return rows_SX
+
+    def decode(self, bytes_SB: Tensor) -> Tensor:
+        """(S, W) float32 of (S, B) uint8."""
+        key_SI = self.decode_keys(bytes_SB)
+        return torch.cat((self.decode_latents(bytes_SB[:, self.key_bytes :]), key_SI), dim=1)
 
     def _grouped(self, latent_TC: Tensor) -> Tensor:
         """(T, G, 128), zeros behind the last value."""
@@ -82,48 +93,73 @@ class RowCodec:
         return padded.reshape(len(padded), self._num_groups, _GROUP)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompactRows:
+    """All rows of a cache, and how they are read."""
+
+    layout: CacheLayout
+    codec: RowCodec
+    bytes_LNB: Tensor
+    """(L, N, B) uint8."""
+
+
 class CompactView:
-    """A `CacheView` of rows in a compact form; one buffer of FP32 rows serves all layers in turn."""
+    """A `CacheView` of rows in a compact form; one buffer of FP32 rows serves all layers in turn.
+
+    All of the indexer's keys are made FP32, and those latents that attention says it reads.
+    """
 
     def __init__(
         self,
-        layout: CacheLayout,
-        codec: RowCodec,
-        bytes_LNB: Tensor,
+        store: CompactRows,
         batch: Batch,
         context_S: tuple[Tensor, ...],
     ) -> None:
         """Takes all rows, and for each span of the batch the indices of its sequence, (S,) int64."""
-        self._layout = layout
-        self._codec = codec
-        self._bytes_LNB = bytes_LNB
+        self._store = store
         self._stored_S = torch.cat(context_S)
         ends = torch.tensor([len(ids) for ids in context_S]).cumsum(0).tolist()
-        read = torch.arange(len(self._stored_S), device=self._stored_S.device)
-        self._context_S = tuple(read[end - len(ids) : end] for ids, end in zip(context_S, ends, strict=True))
+        read_S = torch.arange(len(self._stored_S), device=self._stored_S.device)
+        self._context_S = tuple(
+            read_S[end - len(ids) : end] for ids, end in zip(context_S, ends, strict=True)
+        )
         self._append_T = torch.cat(
             [ids[span.first_position :] for span, ids in zip(batch.spans, self._context_S, strict=True)]
         )
-        self._rows_SW = torch.empty(len(read), layout.width, device=read.device)
+        self._rows_SW = torch.empty(len(read_S), store.layout.width, device=read_S.device)
 
     def layer(self, layer_idx: int) -> LayerCache:
         """One layer's rows; valid until the next layer is asked for."""
-        self._codec.decode_into(self._rows_SW, self._bytes_LNB[layer_idx].index_select(0, self._stored_S))
+        store, layout = self._store, self._store.layout
+        key_bytes = store.codec.key_bytes
+        keys_SB = store.bytes_LNB[layer_idx, :, :key_bytes].index_select(0, self._stored_S)
+        self._rows_SW[:, layout.key_begin :] = store.codec.decode_keys(keys_SB)
         return LayerCache(
-            layout=self._layout,
+            layout=layout,
             rows_NW=self._rows_SW,
             append_T=self._append_T,
             context_S=self._context_S,
             on_stored=lambda: self._keep(layer_idx),
+            on_read=lambda read: self._read(layer_idx, read),
         )
+
+    def _read(self, layer_idx: int, read: Tensor) -> None:
+        """Makes latents and rope keys of rows of the buffer FP32, each once."""
+        store, read_S = self._store, read
+        if read.ndim > 1:
+            is_read_S = torch.zeros(len(self._stored_S), dtype=torch.bool, device=read.device)
+            is_read_S[read.flatten()] = True
+            read_S = is_read_S.nonzero().flatten()
+        behind_NB = store.bytes_LNB[layer_idx, :, store.codec.key_bytes :]
+        bytes_SB = behind_NB.index_select(0, self._stored_S[read_S])
+        self._rows_SW[read_S, : store.layout.key_begin] = store.codec.decode_latents(bytes_SB)
 
     def _keep(self, layer_idx: int) -> None:
         """Takes the batch's rows from the buffer, which holds them as they are read later from now on."""
-        bytes_TB = self._codec.encode(self._rows_SW[self._append_T])
-        self._bytes_LNB[layer_idx, self._stored_S[self._append_T]] = bytes_TB
-        rows_TW = self._rows_SW.new_empty(len(bytes_TB), self._layout.width)
-        self._codec.decode_into(rows_TW, bytes_TB)
-        self._rows_SW[self._append_T] = rows_TW
+        store = self._store
+        bytes_TB = store.codec.encode(self._rows_SW[self._append_T])
+        store.bytes_LNB[layer_idx, self._stored_S[self._append_T]] = bytes_TB
+        self._rows_SW[self._append_T] = store.codec.decode(bytes_TB)
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.batch import Batch, CacheView, RowsView
 from model.cache_layout import CacheLayout
-from model.compact_rows import CompactView, RowCodec
+from model.compact_rows import CompactRows, CompactView, RowCodec
 from wire.frames import Array
 
 CacheForm = Literal["float32", "bfloat16", "fp8"]
@@ -36,14 +36,17 @@ class PagedCache:
         self.page_tokens = page_tokens
         self.num_layers = num_layers
         self._layout = layout
-        self._codec = None if form == "float32" else RowCodec(layout, form)
-        self.width = layout.width if self._codec is None else self._codec.row_bytes
+        codec = None if form == "float32" else RowCodec(layout, form)
+        self.width = layout.width if codec is None else codec.row_bytes
         """B."""
-        dtype = torch.float32 if self._codec is None else torch.uint8
+        dtype = torch.float32 if codec is None else torch.uint8
         self.dtype_name = str(dtype).removeprefix("torch.")
         """Of a stored place."""
         self._rows_LNB = torch.zeros(
             num_layers, num_pages * page_tokens, self.width, dtype=dtype, device=device
+        )
+        self._compact = (
+            None if codec is None else CompactRows(layout=layout, codec=codec, bytes_LNB=self._rows_LNB)
         )
 
     def num_bytes(self) -> int:
@@ -94,6 +97,6 @@ class PagedCache:
             self.flat_rows(owned, begin=0, end=span.context_tokens)
             for span, owned in zip(batch.spans, pages, strict=True)
         )
-        if self._codec is not None:
-            return CompactView(self._layout, self._codec, self._rows_LNB, batch, context_S)
+        if self._compact is not None:
+            return CompactView(self._compact, batch, context_S)
         return RowsView(self._layout, self._rows_LNB, batch, context_S)

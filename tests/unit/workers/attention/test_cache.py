@@ -112,10 +112,14 @@ def test_compact_rows_are_read_and_written_as_they_are_stored(form: CacheForm) -
     layer.append(torch.randn(5, layout.width))
     assert layer.on_stored is not None
     layer.on_stored()
+    assert layer.on_read is not None
+    layer.on_read(layer.context_S[0])
     stored_TB = cache.read(1, cache.flat_rows([2, 0], begin=0, end=5))
     assert (stored_TB.dtype, cache.dtype_name) == (torch.uint8, "uint8")
     cache.write(1, cache.flat_rows([1, 2], begin=0, end=5), stored_TB)
     again = cache.view(make_batch([[0]], first_positions=[4]), [[1, 2]]).layer(1)
+    assert again.on_read is not None
+    again.on_read(again.context_S[0])
     assert torch.equal(again.rows_NW[again.context_S[0]], layer.rows_NW[layer.context_S[0]])
 
 
