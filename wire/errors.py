@@ -31,6 +31,8 @@ import grpc
 ERROR_KEY = "moray-error"
 FIELD_KEY = "moray-field"
 RETRY_KEY = "moray-retry-after-ms"
+PREFILL_FIELD = "prefill_address"
+"""Field of an Overloaded that a decode worker passes on: it is the prefill worker that is full."""
 
 
 class MorayError(Exception):

@@ -1,8 +1,9 @@
 """What a session does after an attempt failed: `(state, failure) -> (state, action)`, no I/O.
 
-A failure spends one of `num_replays`, with one exception: an attempt that brought nothing, when every
+A failure spends one of `num_replays`, with two exceptions. An attempt that brought nothing, when every
 worker has already failed this request, spends time instead (`patience_s` since the last progress). Such
-attempts are how a session waits for a lost worker to come back, and they do not use the replays up.
+attempts are how a session waits for a lost worker to come back, and they do not use the replays up. A worker
+that answers that it is full spends neither, as long as there is another to ask.
 
 Worked example, one decode worker, num_replays=3, patience_s=30: it dies after 7 tokens: replay 1 is spent.
 The controller needs 4 s to start it again; the connections refused meanwhile spend time, not replays.
@@ -14,6 +15,7 @@ from router.requests.members import ClusterView
 from router.requests.selection import Route, has_alternative
 from router.requests.types import Failure
 from wire.errors import (
+    PREFILL_FIELD,
     FrameInvalid,
     InternalError,
     MorayError,
@@ -40,6 +42,8 @@ class RetryState:
     """Keys of the workers that failed it, oldest first."""
     num_waits: int = 0
     """Attempts since the last progress that found no other worker to try."""
+    retry_after_s: float = 0.0
+    """The shortest delay that a full worker asked for; 0 = none did."""
     has_tokens: bool = False
     """The client has tokens already, so the request must not be refused lightly."""
 
@@ -78,14 +82,18 @@ def plan_retry(
     was_exhausted = bool(state.avoid) and not has_alternative(view, state.avoid)
     state = replace(state, avoid=_with_blame(state.avoid, _blamed(failure, route)))
     can_switch = has_alternative(view, state.avoid)
-    if isinstance(error, Overloaded) and not can_switch and not state.has_tokens:
-        return state, GiveUp(error=error)
+    if isinstance(error, Overloaded):
+        state = replace(state, retry_after_s=_sooner(state.retry_after_s, error.retry_after_s))
+        if not can_switch and not state.has_tokens:
+            return state, GiveUp(error=Overloaded(error.message, retry_after_s=state.retry_after_s))
     spends_time = was_exhausted and not failure.made_progress
     if spends_time and now_s - state.progress_s >= state.patience_s:
         return state, GiveUp(error=error)
-    if not spends_time and state.num_replays_left == 0:
+    # A worker that was full did no work, and there are not many: it costs nothing to ask the next one.
+    is_free = isinstance(error, Overloaded) and failure.is_answer and can_switch and not failure.made_progress
+    if not spends_time and not is_free and state.num_replays_left == 0:
         return state, GiveUp(error=error)
-    left = state.num_replays_left - (not spends_time)
+    left = state.num_replays_left - (not spends_time and not is_free)
     delay_s = 0.0 if can_switch and not _is_transient(error) else _backoff_s(state.num_waits)
     num_waits = state.num_waits + (delay_s > 0)
     return replace(state, num_replays_left=left, num_waits=num_waits), Replay(delay_s=delay_s)
@@ -118,14 +126,22 @@ def _blamed(failure: Failure, route: Route) -> str:
     """The key of the worker at fault, or "".
 
     A decode worker that answers WorkerLost or FrameInvalid before its first token speaks of the prefill
-    worker; one that breaks off, or answers so later, is itself the one to leave.
+    worker, and so does one that passes on that it is full; one that breaks off, or answers so later, is
+    itself the one to leave.
     """
     if _is_transient(failure.error):
         return ""
-    speaks_of_prefill = failure.is_answer and isinstance(failure.error, WorkerLost | FrameInvalid)
+    error = failure.error
+    is_full = isinstance(error, Overloaded) and error.field == PREFILL_FIELD
+    speaks_of_prefill = failure.is_answer and (is_full or isinstance(error, WorkerLost | FrameInvalid))
     if speaks_of_prefill and not failure.made_progress:
         return route.prefill.key
     return route.decode.key
+
+
+def _sooner(first_s: float, second_s: float) -> float:
+    """The shorter of two delays, of which 0 is none."""
+    return min(first_s or second_s, second_s or first_s)
 
 
 def _with_blame(avoid: tuple[str, ...], key: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
-from wire.errors import FrameInvalid, MorayError, WorkerLost, from_rpc
+from wire.errors import PREFILL_FIELD, FrameInvalid, MorayError, Overloaded, WorkerLost, from_rpc
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import attention_pb2
@@ -69,7 +69,7 @@ class KvReceiver:
                 self.engine.compute_here(spec.key)
         except grpc.aio.AioRpcError as error:
             result = "failed"
-            on_error(from_rpc(error))
+            on_error(_said_by_prefill(from_rpc(error)))
         except TimeoutError:
             result = "lost"
             what = f"prefill worker {request.prefill_address} gave no sign for {self.lease_s:g} s"
@@ -141,3 +141,10 @@ class KvReceiver:
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return self._channels[address]
+
+
+def _said_by_prefill(error: MorayError) -> MorayError:
+    """The error as the router gets it, who must not take a full prefill worker for a full decode worker."""
+    if not isinstance(error, Overloaded):
+        return error
+    return Overloaded(error.message, field=PREFILL_FIELD, retry_after_s=error.retry_after_s)

@@ -192,6 +192,46 @@ def test_prefill_worker_that_fails_is_replaced_and_the_decode_worker_kept(kit):
     kit.run(main())
 
 
+def test_full_prefill_worker_is_passed_over_and_the_decode_worker_kept(kit):
+    async def main():
+        full = Overloaded("no pages", field="prefill_address")
+        decode = kit.worker("d0", script=kit.abort_after(0, full, times=1))
+        prefills = [kit.worker(name, control_pb2.ROLE_PREFILL) for name in ("p0", "p1")]
+        async with kit.open_lab(decode, *prefills) as lab:
+            assert await lab.tokens(lab.call(PROMPT, max_tokens=8)) == kit.expected(PROMPT, 8)
+            addresses = [request.prefill_address for request in decode.requests]
+            assert addresses == [prefills[0].address, prefills[1].address]
+
+    kit.run(main())
+
+
+@pytest.mark.parametrize("num_read", [0, 2, 5])
+def test_worker_that_dies_while_no_client_listens_costs_no_token(kit, num_read):
+    async def main():
+        first, second = both(kit, "d0", kit.hang_after(5)), both(kit, "d1", kit.hang_after(2))
+        async with kit.open_lab(first, second) as lab:
+            call = lab.call(PROMPT, max_tokens=12, request_id="r", priority=3, tenant="t")
+            await lab.delivered(5)
+            call.cancel()
+            await lab.until(lambda: lab.metric("requests_total", code="CANCELLED") == 1)
+            await first.stop()
+            await second.is_hanging.wait()
+            again = lab.call(
+                PROMPT, max_tokens=12, request_id="r", resume_from=num_read, priority=3, tenant="t"
+            )
+            second.release.set()
+            ids = []
+            async for response in again:
+                assert response.first_idx == num_read + len(ids)
+                ids.extend(response.token_ids)
+            assert ids == kit.expected(PROMPT, 12)[num_read:]
+            (replay,) = second.requests
+            assert (replay.attempt, replay.priority, replay.tenant) == (1, 3, "t")
+            assert replay.sampling == first.requests[0].sampling
+
+    kit.run(main())
+
+
 async def _end_without_mark(worker, request, context):
     worker.is_hanging.set()
 

@@ -16,11 +16,13 @@ from router.experts.connect import TransportKind, make_transport
 from tests.integration.workers.lab import HOST, Cluster, drain, open_cluster, run_test
 from tests.reference_data import checkpoint_dir, goldens
 from wire.errors import (
+    PREFILL_FIELD,
     FrameInvalid,
     HandshakeRefused,
     InvalidRequest,
     ModelBroken,
     MorayError,
+    Overloaded,
     PromptTooLong,
     WorkerLost,
     from_rpc,
@@ -29,7 +31,7 @@ from wire.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import attention_pb2, control_pb2, expert_pb2
-from wire.rpc import FORWARD_METHOD, SCORE_METHOD
+from wire.rpc import ATTENTION_FRAMES, FORWARD_METHOD, SCORE_METHOD, SERVER_OPTIONS, abort_with
 from workers.attention.build import EngineConfig
 from workers.attention.server import AttentionServer, AttentionSettings
 from workers.config import AttentionConfig, DispatchConfig
@@ -131,6 +133,30 @@ def test_prefill_worker_of_another_model_is_told_to_the_client() -> None:
             with pytest.raises(HandshakeRefused, match="model differs"):
                 await drain(cluster.open_generate([5], prefill="", prefill_address=address))
             await cluster.is_empty("decode-0")
+
+    run_test(main())
+
+
+async def _is_full(_request: attention_pb2.SequenceRequest, context: Any) -> None:
+    await abort_with(context, Overloaded("no pages here", retry_after_s=2.5))
+
+
+def test_full_prefill_worker_is_told_as_such_with_its_delay() -> None:
+    async def main() -> None:
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_stream_rpc_method_handler(
+            _is_full, request_deserializer=attention_pb2.SequenceRequest.FromString
+        )
+        handlers = grpc.method_handlers_generic_handler(ATTENTION_FRAMES, {"Prefill": handler})
+        server.add_generic_rpc_handlers((handlers,))
+        address = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
+        await server.start()
+        async with open_cluster(num_experts=1) as cluster:
+            with pytest.raises(Overloaded, match="no pages here") as caught:
+                await drain(cluster.open_generate([5], prefill="", prefill_address=address))
+            assert (caught.value.field, caught.value.retry_after_s) == (PREFILL_FIELD, 2.5)
+            await cluster.is_empty("decode-0")
+        await server.stop(None)
 
     run_test(main())
 

@@ -154,13 +154,43 @@ def test_worker_started_again_is_another_worker(make, single):
     assert isinstance(action, Replay)
 
 
-def test_overload_everywhere_is_told_before_any_token(pair, make):
-    state, action = plan(pair, STATE, failure(Overloaded, is_answer=True))
+def full(retry_after_s=0.0, *, field=""):
+    return Failure(
+        error=Overloaded("full", field=field, retry_after_s=retry_after_s),
+        is_answer=True,
+        made_progress=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("first_s", "second_s", "told_s"), [(0.0, 0.0, 0.0), (2.0, 5.0, 2.0), (5.0, 2.0, 2.0), (0.0, 3.0, 3.0)]
+)
+def test_overload_everywhere_is_told_with_the_shortest_delay(pair, first_s, second_s, told_s):
+    state, action = plan(pair, STATE, full(first_s))
     assert action == Replay(delay_s=0.0)
     view, _ = pair
     second = Route(decode=view.workers[1], prefill=view.workers[1])
-    what = failure(Overloaded, is_answer=True)
-    assert plan((view, second), state, what)[1] == GiveUp(error=what.error)
+    _, action = plan((view, second), state, full(second_s))
+    assert isinstance(action.error, Overloaded)
+    assert action.error.retry_after_s == told_s
+
+
+def test_full_workers_use_no_replays_up(make):
+    workers = [make.worker(name) for name in "abcdef"]
+    view, state = make.view(*workers), STATE
+    for worker in workers[:5]:
+        state, action = plan((view, Route(decode=worker, prefill=worker)), state, full())
+        assert action == Replay(delay_s=0.0)
+    assert state.num_replays_left == 3
+    last = Route(decode=workers[5], prefill=workers[5])
+    assert isinstance(plan((view, last), state, full())[1], GiveUp)
+
+
+def test_full_prefill_worker_is_not_taken_for_a_full_decode_worker(split):
+    state, action = plan(split, STATE, full(field="prefill_address"))
+    assert (action, state.avoid) == (Replay(delay_s=0.0), ("p1#1",))
+    state, _ = plan(split, STATE, full())
+    assert state.avoid == ("d1#1",)
 
 
 def test_overload_after_tokens_is_waited_out(single):
