@@ -153,7 +153,14 @@ def _prefix_cache(
         index_topk=model.index_topk,
     )
     tiers = _tiers(cache, config, metrics=metrics) if config.prefix_reuse else None
-    return PrefixCache(pages, rules=rules, is_on=config.prefix_reuse, metrics=metrics, tiers=tiers)
+    return PrefixCache(
+        pages,
+        rules=rules,
+        is_on=config.prefix_reuse,
+        copy_page=cache.copy_page,
+        metrics=metrics,
+        tiers=tiers,
+    )
 
 
 def _tiers(cache: PagedCache, config: KvConfig, *, metrics: Metrics) -> PageTiers | None:

@@ -91,6 +91,12 @@ class PagedCache:
         begin = page * self.page_tokens
         self._rows_LNB[:, begin : begin + self.page_tokens] = torch.from_numpy(rows_LTB)
 
+    def copy_page(self, source: int, target: int, *, num_tokens: int) -> None:
+        """Copies the first rows of a page into another one, in every layer."""
+        begins = [page * self.page_tokens for page in (target, source)]
+        into, out_of = (self._rows_LNB[:, begin : begin + num_tokens] for begin in begins)
+        into.copy_(out_of)
+
     def view(self, batch: Batch, pages: Sequence[Sequence[int]]) -> CacheView:
         """The CacheView of a batch; pages[i] belong to the sequence of span i."""
         context_S = tuple(

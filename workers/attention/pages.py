@@ -57,6 +57,10 @@ class PageAllocator:
         """How many leading hashes have a page here."""
         return next((i for i, digest in enumerate(hashes) if digest not in self._page_of), len(hashes))
 
+    def find(self, digest: bytes) -> int | None:
+        """The page of a hash, which must not be written; None = it is not here."""
+        return self._page_of.get(digest)
+
     def reserve(self, owner: Hashable, *, num_tokens: int, prefix: Sequence[bytes] = ()) -> tuple[int, ...]:
         """Page indices for `num_tokens` tokens, in token order.
 

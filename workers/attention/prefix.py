@@ -5,11 +5,21 @@ wire/prefix.py, so reuse changes no bit of any row. A full page is published as 
 another sequence with the same prompt that is still at it takes it over.
 """
 
+from typing import Protocol
+
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules, extend_hashes
 from workers.attention.pages import PageAllocator
+from workers.attention.partial import PartialIndex, Texts
 from workers.attention.tiers import PageTiers
 from workers.attention.types import Phase, SequenceState
+
+
+class CopyPage(Protocol):
+    """Copies the first rows of a page into another one, in every layer."""
+
+    def __call__(self, source: int, target: int, *, num_tokens: int) -> None:
+        """From page `source` to page `target`."""
 
 
 class PrefixCache:
@@ -21,14 +31,16 @@ class PrefixCache:
         *,
         rules: PrefixRules,
         is_on: bool,
+        copy_page: CopyPage,
         metrics: Metrics,
         tiers: PageTiers | None = None,
     ) -> None:
         """Takes the page accounts; pages that they give away go to `tiers`, and come back from there."""
         self._pages = pages
         self.tiers = tiers
-        if tiers is not None:
-            pages.on_eviction = tiers.keep
+        pages.on_eviction = self._on_eviction
+        self._copy_page = copy_page
+        self._partial = PartialIndex(rules)
         self._rules = rules
         self._is_on = is_on
         self._metrics = metrics
@@ -40,6 +52,7 @@ class PrefixCache:
         self._count(sequence, self._pages.count_prefix(prefix))
         if self.tiers is not None:
             self._restore(sequence, prefix, self.tiers)
+        self._copy_partial(sequence)
         self._metrics.counter("prefix_lookup_tokens_total").inc(len(prefix) * self._rules.page_tokens)
 
     def expect(self, sequence: SequenceState) -> None:
@@ -77,6 +90,8 @@ class PrefixCache:
         hashes = self._hashes(sequence)
         for page_idx in range(sequence.num_published_pages, num_full):
             self._pages.publish(sequence.spec.key, page_idx=page_idx, digest=hashes[page_idx])
+            texts = self._texts(sequence, page_idx, end=len(sequence.token_ids))
+            self._partial.add(self._parent(hashes, page_idx), hashes[page_idx], texts)
         sequence.num_published_pages = num_full
         sequence.pages = self._pages.pages_of(sequence.spec.key)
 
@@ -93,6 +108,35 @@ class PrefixCache:
             page_idx += 1
         sequence.pages = self._pages.pages_of(key)
         self._count(sequence, page_idx)
+
+    def _copy_partial(self, sequence: SequenceState) -> None:
+        """Copies the next rows from a page that goes on in the same way, as far as it does."""
+        # The rows of a remote one come as they are wanted; where all of them are, none is copied.
+        if not self._is_on or sequence.is_remote or sequence.spec.needs_prompt_rows:
+            return
+        page_idx = sequence.num_published_pages
+        texts = self._texts(sequence, page_idx, end=len(sequence.token_ids) - 1)
+        found = self._partial.find(self._parent(sequence.page_hashes, page_idx), texts)
+        source = self._pages.find(found[0]) if found else None
+        if found and source is not None:
+            self._copy_page(source, sequence.pages[page_idx], num_tokens=found[1])
+            self._count_tokens(sequence, found[1])
+
+    def _on_eviction(self, page: int, digest: bytes) -> None:
+        self._partial.forget(digest)
+        if self.tiers is not None:
+            self.tiers.keep(page, digest)
+
+    def _parent(self, hashes: list[bytes], page_idx: int) -> bytes:
+        return hashes[page_idx - 1] if page_idx else self._rules.root()
+
+    def _texts(self, sequence: SequenceState, page_idx: int, *, end: int) -> Texts:
+        begin = page_idx * self._rules.page_tokens
+        return Texts(
+            token_ids=tuple(sequence.token_ids[begin : min(begin + self._rules.page_tokens, end)]),
+            first_position=begin,
+            num_prompt_tokens=sequence.spec.num_prompt_tokens,
+        )
 
     def _hashes(self, sequence: SequenceState) -> list[bytes]:
         """Hashes of all full pages of its tokens; none where nothing is reused."""
@@ -115,9 +159,11 @@ class PrefixCache:
         return num_tokens // self._rules.page_tokens
 
     def _count(self, sequence: SequenceState, num_shared: int) -> None:
-        num_tokens = num_shared * self._rules.page_tokens - sequence.num_cached_tokens
+        self._count_tokens(sequence, num_shared * self._rules.page_tokens - sequence.num_cached_tokens)
+        sequence.num_published_pages = num_shared
+
+    def _count_tokens(self, sequence: SequenceState, num_tokens: int) -> None:
         sequence.num_cached_tokens += num_tokens
         # What a preempted sequence finds again is its own.
         sequence.num_reused_tokens += 0 if sequence.was_preempted else num_tokens
-        sequence.num_published_pages = num_shared
         self._metrics.counter("prefix_hit_tokens_total").inc(num_tokens)

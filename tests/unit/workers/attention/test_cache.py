@@ -102,6 +102,19 @@ def test_what_is_read_is_a_copy() -> None:
     assert cache.read(0, torch.tensor([0])).tolist() == [[0.0] * WIDTH]
 
 
+@pytest.mark.parametrize("form", ["float32", "fp8"])
+def test_copy_of_a_page_is_its_first_rows_in_every_layer(form: CacheForm) -> None:
+    layout = CacheLayout(latent=130, rope=2, index=4)
+    cache = PagedCache(num_layers=2, num_pages=3, page_tokens=4, layout=layout, form=form)
+    for layer_idx in range(2):
+        for page in range(3):
+            rows_TB = torch.full((4, cache.width), 10 * layer_idx + page)
+            cache.write(layer_idx, cache.flat_rows([page], begin=0, end=4), rows_TB.to(cache._rows_LNB.dtype))
+    cache.copy_page(2, 1, num_tokens=3)
+    held = [cache.read(layer_idx, torch.arange(12))[:, 0].tolist() for layer_idx in range(2)]
+    assert held == [[0] * 4 + [2, 2, 2, 1] + [2] * 4, [10] * 4 + [12, 12, 12, 11] + [12] * 4]
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "fp8"])
 def test_compact_rows_are_read_and_written_as_they_are_stored(form: CacheForm) -> None:
     layout = CacheLayout(latent=130, rope=2, index=4)

@@ -23,9 +23,9 @@ def computed(lab: Lab, phase: str = "prefill") -> float:
     return lab.metric("tokens_total", phase=phase)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_cached"), [(21, 20), (20, 16), (5, 4), (4, 0), (1, 0)])
-def test_second_request_computes_what_no_full_page_holds(num_tokens: int, num_cached: int) -> None:
-    """One token is always computed: the logits behind it are wanted."""
+@pytest.mark.parametrize(("num_tokens", "num_cached"), [(21, 20), (20, 19), (5, 4), (4, 3), (1, 0)])
+def test_second_request_computes_what_no_page_holds(num_tokens: int, num_cached: int) -> None:
+    """One token is always computed, for the logits behind it; the rest of a full last page is copied."""
     with open_engine("default") as lab:
         first = lab.run(PROMPT[:num_tokens])
         again = lab.submit(make_spec(PROMPT[:num_tokens]))
@@ -54,9 +54,12 @@ def test_replay_takes_generated_pages_too() -> None:
         assert first_token(listener).num_cached_tokens == 40
 
 
-@pytest.mark.parametrize(("shape", "num_cached"), [("default", 20), ("sparse", 40)])
+@pytest.mark.parametrize(("shape", "num_cached"), [("default", 21), ("sparse", 40)])
 def test_next_turn_of_a_chat_takes_what_has_its_bits(shape: str, num_cached: int) -> None:
-    """The answer is a prompt now. Below index_topk (16 of sparse, 512 of default) that is another form."""
+    """The answer is a prompt now. Below index_topk (16 of sparse, 512 of default) that is another form.
+
+    The page that prompt and answer share is copied up to the answer.
+    """
     with open_engine(shape) as lab:
         answer = lab.run(PROMPT, max_tokens=24)
         turn = [*PROMPT, *answer[:20]]
@@ -94,6 +97,32 @@ def test_running_sequences_share_their_pages() -> None:
         lab.until_metric(9 + 4 * 2, "pages", state="used")
         lab.door.open()
         assert [listener.tokens() for listener in listeners] == [expected] * 4
+
+
+@pytest.mark.parametrize("num_equal", [1, 3])
+def test_page_that_two_texts_leave_apart_is_copied_and_not_written(num_equal: int) -> None:
+    """Both share two pages and some tokens of the third; the first text comes again unharmed."""
+    common = PROMPT[: 8 + num_equal]
+    with open_engine("default", prefix_reuse=False) as lab:
+        expected = [lab.run([*common, *tail]) for tail in (PROMPT[12:], PROMPT[:9])]
+    with open_engine("default") as lab:
+        assert lab.run([*common, *PROMPT[12:]]) == expected[0]
+        other = lab.submit(make_spec([*common, *PROMPT[:9]]))
+        assert other.tokens() == expected[1]
+        assert first_token(other).num_cached_tokens == 8 + num_equal
+        assert lab.run([*common, *PROMPT[12:]]) == expected[0]
+
+
+def test_page_to_copy_from_may_go_to_make_room() -> None:
+    """Both need all 8 pages; the second would copy one token of a page of the first that it gets itself."""
+    other = (PROMPT[0], *PROMPT[2:])
+    with open_engine("default", prefix_reuse=False) as lab:
+        expected = lab.run(other, max_tokens=12)
+    with open_engine("default", num_pages=8) as lab:
+        lab.run(PROMPT, max_tokens=12)
+        listener = lab.submit(make_spec(other, max_tokens=12))
+        assert listener.tokens() == expected
+        assert first_token(listener).num_cached_tokens in (0, 1)
 
 
 def test_pages_of_the_oldest_text_are_given_away() -> None:

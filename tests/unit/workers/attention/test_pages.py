@@ -151,6 +151,14 @@ def test_longest_unused_page_goes_first_and_the_end_of_a_text_before_its_beginni
     assert pages.num_evictions == 5
 
 
+def test_page_of_a_hash_is_found_until_it_is_given_away() -> None:
+    pages = PageAllocator(2, page_tokens=1)
+    filled(pages, "owner", b"a")
+    assert pages.find(b"a") is not None
+    pages.reserve("taker", num_tokens=2)
+    assert pages.find(b"a") is None
+
+
 def test_two_who_computed_the_same_page_end_up_with_one() -> None:
     pages = PageAllocator(2, page_tokens=1)
     one, other = pages.reserve("one", num_tokens=1), pages.reserve("other", num_tokens=1)

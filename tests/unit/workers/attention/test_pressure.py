@@ -28,7 +28,13 @@ class ToyWorker:
         self.limits = limits
         self.pages = PageAllocator(num_pages, page_tokens=PAGE_TOKENS)
         rules = PrefixRules(page_tokens=PAGE_TOKENS, cache_form="", index_topk=4)
-        self.prefix = PrefixCache(self.pages, rules=rules, is_on=True, metrics=Metrics("attention"))
+        self.prefix = PrefixCache(
+            self.pages,
+            rules=rules,
+            is_on=True,
+            copy_page=lambda source, target, *, num_tokens: None,  # noqa: ARG005  there are no rows
+            metrics=Metrics("attention"),
+        )
         self.lobby = Lobby(pages=self.pages, prefix=self.prefix, lookahead_tokens=lookahead_tokens)
         self.sequences: dict[Key, SequenceState] = {}
         self.prefilled: set[str] = set()
