@@ -157,20 +157,20 @@ class Cluster:
         worker_id: str,
         *,
         page_tokens: int = PAGE_TOKENS,
-        prefix_reuse: bool = True,
-        lease_s: float = 4.0,
         num_drafts: int = 0,
         cache_dtype: CacheDtype = "float32",
         **group: Any,
     ) -> Worker:
-        """An attention worker; with `num_drafts` it drafts so many tokens in every step."""
+        """An attention worker; with `num_drafts` it drafts so many tokens in every step.
+
+        The other fields are of its group or of `kv`.
+        """
+        kv = {name: group.pop(name) for name in KvConfig.model_fields.keys() & group.keys()}
         values = {"num_pages": 256, "max_step_tokens": 32, **group}
         engine = EngineConfig(
             group=AttentionConfig(**values),
             compute=self.compute,
-            kv=KvConfig(
-                page_tokens=page_tokens, prefix_reuse=prefix_reuse, lease_s=lease_s, dtype=cache_dtype
-            ),
+            kv=KvConfig(page_tokens=page_tokens, dtype=cache_dtype, **kv),
             mtp=MtpConfig(max_drafts=num_drafts),
             change_speculation=_always_draft,
         )

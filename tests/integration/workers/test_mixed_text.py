@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -61,6 +62,15 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     for roles, names in {"apart": ("prefill-0", "decode-0"), "both": ("both-0",)}.items()
 }
 """Cached rows in fewer bytes: another text, the same in every arrangement."""
+TIERS: dict[str, dict[str, dict[str, Any]]] = {
+    "both-host": {"both-0": {"host_tier_bytes": 1 << 26}},
+    "both-disk": {"both-0": {"disk_tier_bytes": 1 << 26}},
+    "apart": {
+        "prefill-0": {"host_tier_bytes": 1 << 18, "disk_tier_bytes": 1 << 26},
+        "decode-0": {"disk_tier_bytes": 1 << 26, "max_step_tokens": 7},
+    },
+}
+"""Full pages that the few of the cache make room for come back from memory and files."""
 CASES = [
     *((shape, name) for shape in ("sparse", "mtp") for name in ARRANGEMENTS | PREEMPTED),
     *(("mtp", name) for name in DRAFTING | FORMS),
@@ -102,6 +112,29 @@ def test_mixed_requests_at_once_get_what_each_gets_alone(shape: str, arrangement
             assert (num_drafted(cluster) > 0) == (arrangement in DRAFTING)
 
     run_test(main())
+
+
+@pytest.mark.parametrize("arrangement", TIERS)
+def test_mixed_requests_asked_again_get_the_same_from_cold_pages(arrangement: str, tmp_path: Path) -> None:
+    """Twice at once; the second time prompts have left the cache and come back from below."""
+    where = {"num_pages": FEW_PAGES, "disk_tier_dir": str(tmp_path)}
+    workers = {name: where | fields for name, fields in TIERS[arrangement].items()}
+    requests, alone = case("sparse", 0, "float32")
+
+    async def main() -> None:
+        async with open_cluster("sparse", attention=workers) as cluster:
+            for _ in range(2):
+                answers = await asyncio.gather(*(ask(cluster, request) for request in requests))
+                assert differences(requests, answers, alone) == []
+            hits = [
+                cluster.metric(name, "kv_tier_hits_total", tier=tier)
+                for name in cluster.attention
+                for tier in ("host", "disk")
+            ]
+            assert sum(hits) > 0
+
+    run_test(main())
+    assert not list(tmp_path.glob("moray-pages-*/"))
 
 
 def num_preempted(cluster: Cluster) -> float:
