@@ -6,7 +6,7 @@ from typing import Literal
 
 from model.byte_tokenizer import NUM_TOKENS
 
-SizeName = Literal["tiny", "nano", "small", "bench-1b"]
+SizeName = Literal["tiny", "nano", "small", "deep", "bench-1b"]
 DtypeName = Literal["float32", "bfloat16", "fp8"]
 
 _COMMON: Mapping[str, object] = MappingProxyType(
@@ -41,6 +41,29 @@ _YARN: Mapping[str, object] = MappingProxyType(
     {"type": "yarn", "factor": 8, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 )
 
+_NANO: Mapping[str, object] = MappingProxyType(
+    {
+        "vocab_size": 1536,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "n_routed_experts": 32,
+        "num_experts_per_tok": 4,
+        "q_lora_rank": 96,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "index_topk": 64,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {**_YARN, "factor": 4, "original_max_position_embeddings": 512},
+    }
+)
+
 SIZES: Mapping[SizeName, Mapping[str, object]] = MappingProxyType(
     {
         "tiny": {
@@ -63,26 +86,7 @@ SIZES: Mapping[SizeName, Mapping[str, object]] = MappingProxyType(
             "max_position_embeddings": 4096,
             "rope_scaling": {**_YARN, "original_max_position_embeddings": 512},
         },
-        "nano": {
-            "vocab_size": 1536,
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "moe_intermediate_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "n_routed_experts": 32,
-            "num_experts_per_tok": 4,
-            "q_lora_rank": 96,
-            "kv_lora_rank": 64,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-            "index_n_heads": 4,
-            "index_head_dim": 32,
-            "index_topk": 64,
-            "max_position_embeddings": 2048,
-            "rope_scaling": {**_YARN, "factor": 4, "original_max_position_embeddings": 512},
-        },
+        "nano": _NANO,
         "small": {
             "vocab_size": NUM_TOKENS,
             "hidden_size": 512,
@@ -103,6 +107,8 @@ SIZES: Mapping[SizeName, Mapping[str, object]] = MappingProxyType(
             "max_position_embeddings": 8192,
             "rope_scaling": {**_YARN, "original_max_position_embeddings": 1024},
         },
+        # As many layers as make the MTP layer a small share of a step, as in V3.2, where it is one of 62.
+        "deep": {**_NANO, "num_hidden_layers": 24},
         "bench-1b": {
             "vocab_size": 32000,
             "hidden_size": 1024,

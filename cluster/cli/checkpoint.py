@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Make random checkpoints; quantize or inspect any in the HF layout."
 )
 
-SizeName = Literal["tiny", "nano", "small", "bench-1b"]
+SizeName = Literal["tiny", "nano", "small", "deep", "bench-1b"]
 DtypeName = Literal["float32", "bfloat16", "fp8"]
 """The names of model/sizes.py, said again: importing them would load the model package."""
 QuantisedName = Literal["fp8", "int8"]

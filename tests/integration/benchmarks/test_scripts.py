@@ -102,7 +102,7 @@ def test_overload_is_refused_and_what_is_accepted_is_answered() -> None:
 
 def test_speculation_compares_with_drafts_and_without() -> None:
     flags = ["--batches", "1", "--chances", "1", "--new-tokens", "16", "--repeats", "1", "--threads", "1"]
-    done = run_script("speculation", *flags, "--max-drafts", "1", "--json")
+    done = run_script("speculation", "--model", "nano", *flags, "--max-drafts", "1", "--json")
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     assert (result["batch"], result["chance"]) == (1, 1.0)
