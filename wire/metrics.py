@@ -141,7 +141,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "moray_attention_kv_tier_lost_total",
         Kind.COUNTER,
-        "Cold KV pages lost: corrupt, read_failed, write_failed, backlog.",
+        "Cold KV pages lost: corrupt, read_failed, write_failed, failed, backlog.",
         ("reason",),
     ),
     MetricSpec("moray_attention_kv_bytes_total", Kind.COUNTER, "Cache bytes moved.", ("direction",)),

@@ -12,6 +12,7 @@ from model.online_bias import OnlineBias, OnlineBiasRules
 from model.profile import StepClock
 from model.transformer import Transformer
 from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
+from wire.errors import ConfigError
 from wire.metrics import Metrics
 from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
@@ -169,7 +170,11 @@ def _tiers(cache: PagedCache, config: KvConfig, *, metrics: Metrics) -> PageTier
     disk = None
     if config.disk_tier_bytes:
         parent = Path(config.disk_tier_dir or tempfile.gettempdir())
-        disk = DiskPages(parent, config.disk_tier_bytes)
+        try:
+            disk = DiskPages(parent, config.disk_tier_bytes)
+        except OSError as error:
+            wanted, given = "a directory that can be written", f"{parent} ({error})"
+            raise ConfigError(field="kv.disk_tier_dir", wanted=wanted, given=given) from error
     return PageTiers(cache, host_bytes=config.host_tier_bytes, disk=disk, metrics=metrics)
 
 

@@ -141,7 +141,11 @@ class PageTiers:
     def _work(self) -> None:
         while not self._is_closing:
             _, _, job = self._jobs.get()
-            job()
+            try:
+                job()
+            except Exception:  # noqa: BLE001  the thread must live on, sequences wait for it; logged and counted
+                self._metrics.counter("kv_tier_lost_total", reason="failed").inc()
+                _log.exception("a job of the KV tiers failed")
 
     def _write(self, disk: DiskPages, digest: bytes, cold: ColdPage) -> None:
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.reference_data import goldens
 from tests.unit.workers.attention.harness import Lab, make_spec, open_engine
+from wire.errors import ConfigError
 from workers.attention.cache import CacheForm
 from workers.attention.types import Source
 
@@ -105,6 +106,27 @@ def test_file_that_is_short_or_gone_costs_the_page_and_nothing_else(tmp_path: Pa
                 file.write_bytes(b"") if harm == "truncated" else file.unlink()
         assert lab.run(PROMPT, max_tokens=16) == TEXT
         assert lab.metric("kv_tier_hits_total", tier="disk") == 0
+
+
+def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tiers = {"disk_tier_bytes": MEMORY, "disk_tier_dir": str(tmp_path / "file")}
+    with pytest.raises(ConfigError, match=r"kv\.disk_tier_dir'?: wanted a directory .*file"):
+        open_engine("default", kv=tiers).__enter__()
+
+
+def test_failure_of_a_write_does_not_stop_those_that_wait(tmp_path: Path) -> None:
+    """A write that fails in a way that nobody thought of, then a prompt whose pages are in files."""
+    tiers = {"disk_tier_bytes": MEMORY, "disk_tier_dir": str(tmp_path)}
+    with open_engine("default", num_pages=NUM_PAGES, kv=tiers) as lab:
+        assert lab.run(PROMPT, max_tokens=16) == TEXT
+        others(lab)
+        written(lab, tmp_path)
+        disk = lab.engine._tiers._disk  # type: ignore[union-attr]  the engine has tiers
+        disk.write = None  # to call it is a TypeError
+        others(lab, 6)
+        assert lab.run(PROMPT, max_tokens=16) == TEXT
+        assert lab.metric("kv_tier_lost_total", reason="failed") > 0
 
 
 def test_prefill_for_another_worker_gives_rows_of_cold_pages(tiers: dict[str, Any], tmp_path: Path) -> None:
