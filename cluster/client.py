@@ -12,7 +12,7 @@ import grpc.aio
 
 from wire.errors import ERROR_KEY, DeadlinePassed, MorayError, NotReady, WorkerLost, from_rpc
 from wire.proto import common_pb2, control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from wire.rpc import CHANNEL_OPTIONS
+from wire.rpc import CHANNEL_OPTIONS, RECEIVED_KEY
 
 _VIEW_S = 10.0
 """Seconds for a router to show its view of the cluster."""
@@ -53,7 +53,7 @@ class GenerateOptions:
     grammar: str | None = None
     seed: int | None = None
     deadline_s: float | None = None
-    num_resumes: int = 5
+    num_resumes: int = 10
     """Times that an answer whose stream broke is asked for again, from the next token on."""
 
 
@@ -149,6 +149,7 @@ class InferenceClient:
         request.request_id = uuid.uuid4().hex if options.num_resumes and options.n == 1 else ""
         loop = asyncio.get_running_loop()
         end_s = None if options.deadline_s is None else loop.time() + options.deadline_s
+        has_begun = False
         for resume_idx in itertools.count():
             call = self._stub.Generate(request, timeout=None if end_s is None else end_s - loop.time())
             has_ended = False
@@ -160,7 +161,7 @@ class InferenceClient:
                 return
             except grpc.aio.AioRpcError as error:
                 has_ended = True
-                has_begun = request.resume_from > 0
+                has_begun = has_begun or request.resume_from > 0 or await _is_received(call)
                 if not has_begun or resume_idx == options.num_resumes or not _is_broken(error):
                     raise _router_error(error, self._address, has_begun=has_begun) from None
             finally:
@@ -297,6 +298,16 @@ def _router_error(error: grpc.aio.AioRpcError, address: str, *, has_begun: bool 
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlinePassed(f"no whole answer from {address} before the deadline")
     return from_rpc(error)
+
+
+async def _is_received(
+    call: "grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]",
+) -> bool:
+    """Whether a router had a request whose call failed."""
+    try:
+        return any(key == RECEIVED_KEY for key, _ in await call.initial_metadata())
+    except grpc.aio.AioRpcError:
+        return False
 
 
 def _is_broken(error: grpc.aio.AioRpcError) -> bool:

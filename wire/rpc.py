@@ -37,6 +37,8 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 
+RECEIVED_KEY = "moray-received"
+"""In the first metadata of a stream: a router has the request, though no token is there yet."""
 EXPERT_FRAMES = "moray.v1.ExpertFrames"
 ATTENTION_FRAMES = "moray.v1.AttentionFrames"
 FORWARD_METHOD = f"/{EXPERT_FRAMES}/Forward"

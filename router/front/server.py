@@ -21,7 +21,7 @@ from router.requests.types import AdmittedRequest
 from wire.errors import InvalidRequest, NotReady
 from wire.metrics import Metrics
 from wire.proto import common_pb2, control_pb2, inference_pb2, inference_pb2_grpc
-from wire.rpc import Context, unary_errors
+from wire.rpc import RECEIVED_KEY, Context, unary_errors
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             request.tenant = _tenant_of(context)
         is_shared = bool(request.request_id) and request.n <= 1
         door = self._admission.follow() if is_shared else self._admission.enter()
+        # Whose stream breaks before its first token then knows that a router had the request.
+        await context.send_initial_metadata(((RECEIVED_KEY, "1"),))
         with RequestMeter(self._metrics, context) as meter, door:
             answer = self._runs.follow(request, end_s=end_s) if is_shared else self._answer(request, end_s)
             async with contextlib.aclosing(answer) as messages:

@@ -198,14 +198,16 @@ def test_streams_of_a_router_that_stops_see_not_ready(kit):
     kit.run(main())
 
 
-def test_client_goes_on_by_itself_on_another_router(kit):
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_client_goes_on_by_itself_on_another_router(kit, num_before):
     async def main():
-        worker = hanging(kit, 3)
+        worker = hanging(kit, num_before)
         async with kit.open_lab(worker) as lab:
             port = lab.service.grpc_port
             async with InferenceClient(f"127.0.0.1:{port}") as client:
                 stream = asyncio.create_task(client.tokens(PROMPT, GenerateOptions(max_tokens=9)))
-                await lab.delivered(3)
+                await worker.is_hanging.wait()
+                await lab.delivered(num_before)
                 await lab.service.stop()
                 worker.release.set()
                 config = {**lab.config.model_dump(), "grpc_port": port}
@@ -228,5 +230,16 @@ def test_client_that_leaves_its_stream_cancels_the_request(kit):
                 await stream.aclose()
                 await asyncio.wait_for(worker.is_cancelled.wait(), 5)
             await lab.idle()
+
+    kit.run(main())
+
+
+def test_client_without_a_router_is_told_at_once(kit):
+    async def main():
+        async with kit.open_lab() as lab:
+            await lab.service.stop()
+            async with InferenceClient(f"127.0.0.1:{lab.service.grpc_port}") as client:
+                with pytest.raises(NotReady, match="no router answers"):
+                    await client.tokens(PROMPT, GenerateOptions(max_tokens=9))
 
     kit.run(main())

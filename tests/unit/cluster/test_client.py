@@ -145,7 +145,7 @@ def test_router_lost_in_the_middle_is_told_apart(tmp_path: Path) -> None:
     def close(context: Any) -> Awaitable[None]:
         return context.abort(grpc.StatusCode.UNAVAILABLE, "recvmsg: Socket closed")
 
-    error = failure(tmp_path, FakeRouter(close))
+    error = failure(tmp_path, FakeRouter(close), GenerateOptions(num_resumes=1))
     assert isinstance(error, WorkerLost)
     assert "went away (Socket closed)" in error.message
 
