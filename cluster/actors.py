@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import ray
@@ -48,6 +48,8 @@ class StartReport:
     pid: int
     """Its process on that node."""
     num_pages: int = 0
+    trouble: str = ""
+    """Why it takes no requests yet; "" = it does."""
 
 
 _log = logging.getLogger(__name__)
@@ -79,7 +81,10 @@ class _Server(Protocol):
 
 
 @runtime_checkable
-class _Drains(Protocol):
+class _Attention(Protocol):
+    @property
+    def trouble(self) -> str: ...
+
     async def drain(self) -> None: ...
 
 
@@ -109,7 +114,7 @@ class MemberActor:
                 configure_logging(spec.config.log_level, role=spec.role, member_id=spec.worker_id)
                 self._report = await self._serve(spec)
                 self._sigterm = SigtermWatch(self._on_sigterm)
-            return self._report
+            return replace(self._report, trouble=self._trouble())
 
     async def wait_stopped(self) -> None:
         """Returns after `stop`; fails with Ray's actor error when the process dies first."""
@@ -136,6 +141,9 @@ class MemberActor:
         await asyncio.sleep(_FAREWELL_S)
         os._exit(128 + signal.SIGTERM)
 
+    def _trouble(self) -> str:
+        return ""
+
     async def _serve(self, spec: StartSpec) -> StartReport:
         raise NotImplementedError
 
@@ -159,9 +167,12 @@ class WorkerActor(MemberActor):
         num_pages = 0 if spec.role == "expert" else getattr(spec.config, spec.role).num_pages
         return _report(f"{host}:{port}", f"{host}:{metrics_port}", num_pages=num_pages)
 
+    def _trouble(self) -> str:
+        return self._server.trouble if isinstance(self._server, _Attention) else ""
+
     async def _end(self) -> None:
         if self._server is not None:
-            if isinstance(self._server, _Drains):
+            if isinstance(self._server, _Attention):
                 await self._server.drain()
             await self._server.stop()
 

@@ -36,6 +36,10 @@ class ControllerConfig(FrozenConfig):
     """Seconds between two heartbeats of an expert worker, and for the answer to each."""
     heartbeat_misses: int = Field(4, ge=1)
     """Heartbeats in a row without an answer after which an expert worker is lost and started again."""
+    report_s: float = Field(2.0, gt=0)
+    """Seconds in which an attention worker must report at least once."""
+    report_misses: int = Field(3, ge=1)
+    """Such times in a row without a report after which an attention worker is lost and started again."""
     reader_lease_s: float = Field(15.0, gt=0)
     """Seconds after which an attention worker that does not report keeps no old routing table alive."""
     retire_s: float = Field(5.0, gt=0)

@@ -29,8 +29,8 @@ class ControlHandler(Protocol):
     async def shutdown(self) -> None:
         """Ends the whole cluster."""
 
-    async def on_report(self, member_id: str, table_version: int, *, trouble: str) -> None:
-        """An attention worker says which table it uses, and why it takes no requests."""
+    async def on_report(self, report: control_pb2.ReportRequest) -> None:
+        """An attention worker says which table it uses, and whether it takes requests."""
 
     async def scale(self, role: str, num_workers: int) -> int:
         """Gives a role so many workers; the version of the table then."""
@@ -105,7 +105,7 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         self, request: control_pb2.ReportRequest, context: Context
     ) -> control_pb2.ReportResponse:
         """Notes which table an attention worker uses, and whether it takes requests."""
-        await self._handler.on_report(request.member_id, request.table_version, trouble=request.trouble)
+        await self._handler.on_report(request)
         return control_pb2.ReportResponse()
 
     @unary_errors

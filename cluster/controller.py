@@ -25,7 +25,7 @@ from cluster.state import ClusterState
 from wire.errors import ClientError, ModelBroken, MorayError, WorkerLost
 from wire.handshake import Handshake
 from wire.metrics import Metrics
-from wire.proto import expert_pb2
+from wire.proto import control_pb2, expert_pb2
 from workers.expert.types import slots_from_proto
 
 _log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Controller:
         """How many workers there should be; its version counts the changes."""
         self._reported_s: dict[str, float] = {}
         """When each attention worker was last heard of."""
+        self._hopeless: dict[str, str] = {}
+        """Attention worker -> the trouble that only another process mends; "" = none."""
         self.fatal: MorayError | None = None
         """An error that no restart mends; the cluster does not come up."""
         self.stopped = asyncio.Event()
@@ -109,16 +111,18 @@ class Controller:
         await asyncio.gather(*(self._launcher.stop(worker_id, grace_s=5) for worker_id in workers))
         self.stopped.set()
 
-    async def on_report(self, member_id: str, table_version: int, *, trouble: str) -> None:
+    async def on_report(self, report: control_pb2.ReportRequest) -> None:
         """An attention worker says which table it uses, so that what only older ones name can be freed.
 
         The router leaves one alone that has trouble.
         """
+        member_id = report.member_id
         self._reported_s[member_id] = time.monotonic()
-        has_news = self._state.on_trouble(member_id, trouble)
+        self._hopeless[member_id] = report.trouble if report.needs_restart else ""
+        has_news = self._state.on_trouble(member_id, report.trouble)
         if has_news:
-            _log.warning("%s: %s", member_id, trouble or "takes requests again")
-        if self._state.on_report(member_id, table_version) or has_news:
+            _log.warning("%s: %s", member_id, report.trouble or "takes requests")
+        if self._state.on_report(member_id, report.table_version) or has_news:
             await self._rollout.follow_up(has_news=has_news)
 
     async def scale(self, role: str, num_workers: int) -> int:
@@ -175,12 +179,14 @@ class Controller:
                 node=node,
                 incarnation=report.started_s,
                 num_pages=report.num_pages,
+                trouble=report.trouble,
             )
         )
         if role == "expert":
             await self._prepare(worker_id, report.address)
         elif role in ATTENTION_ROLES:
             self._reported_s[worker_id] = time.monotonic()
+            self._hopeless[worker_id] = ""
         self._state.on_ready(worker_id)
         self._rollout.unheard.discard(worker_id)
         await self._rollout.follow_up(has_news=True)
@@ -209,6 +215,8 @@ class Controller:
         signs = [asyncio.create_task(self._launcher.wait_lost(worker_id), name=f"actor-{worker_id}")]
         if role == "expert":
             signs.append(asyncio.create_task(self._beat(worker_id), name=f"heart-{worker_id}"))
+        elif role in ATTENTION_ROLES:
+            signs.append(asyncio.create_task(self._listen(worker_id), name=f"reports-{worker_id}"))
         try:
             done, _ = await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -234,6 +242,22 @@ class Controller:
                 pulse = pulse.after(answered=False, was_late=was_late)
             await asyncio.sleep(max(0.0, began_s + every_s - time.monotonic()))
         raise WorkerLost(f"{worker_id} has not answered {pulse.num_missed} heartbeats")
+
+    async def _listen(self, worker_id: str) -> None:
+        """Fails when an attention worker has not reported for too long, or says that it is past mending."""
+        every_s = self._config.controller.report_s
+        pulse = Pulse(max_misses=self._config.controller.report_misses)
+        while not pulse.is_lost:
+            began_s = time.monotonic()
+            await asyncio.sleep(every_s)
+            if trouble := self._hopeless[worker_id]:
+                raise WorkerLost(f"{worker_id}: {trouble}")
+            was_heard = self._reported_s.get(worker_id, 0.0) >= began_s
+            was_late = time.monotonic() - began_s > 2 * every_s
+            if not was_heard:
+                self._metrics.counter("heartbeats_missed_total").inc()
+            pulse = pulse.after(answered=was_heard, was_late=was_late)
+        raise WorkerLost(f"{worker_id} has not reported for {pulse.num_missed * every_s:g} s")
 
     async def _lose(self, worker_id: str, role: str, problem: str) -> None:
         if self._state.member(worker_id).is_ready:

@@ -57,6 +57,10 @@ class AttentionConfig(WorkerGroupConfig):
     2 pays where expert workers have machines of their own; each part reads its experts' weights."""
     drain_s: float = Field(30.0, ge=0)
     """Seconds that requests get to finish on a worker that leaves; then the router replays them elsewhere."""
+    probe_s: float = Field(10.0, ge=0)
+    """Seconds without a new token after which a worker makes one, to know that it can; 0 = never."""
+    stuck_s: float = Field(20.0, gt=0)
+    """Seconds of a step after which a worker is not ready; `dispatch.deadline_s` later it is replaced."""
 
 
 class ComputeConfig(FrozenConfig):

@@ -38,15 +38,20 @@ def pick(running: Running, role: str, rng: random.Random) -> str:
 
 
 def lose(
-    running: Running, load: Load, expected: tuple[list[int], ...], victim: str, delay_s: float
+    running: Running,
+    load: Load,
+    expected: tuple[list[int], ...],
+    victim: str,
+    delay_s: float,
+    number: signal.Signals = signal.SIGKILL,
 ) -> Answers:
-    """Kills a member under streams; returns when another process stands in its place and streams went on."""
+    """Loses a member under streams; returns when another process stands in its place and streams went on."""
     before = running.shell.members()[victim]["incarnation"]
     process = pid_of(running, victim)
     with load.running(expected) as answers:
         wait_until(lambda: answers.num_done >= 2, what="streams to run")
         time.sleep(delay_s)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
 
         def is_back() -> bool:
             member = running.shell.members().get(victim, {})
@@ -75,6 +80,14 @@ def test_killed_member_changes_no_answer_and_leaves_no_page_behind(
 ) -> None:
     rng = random.Random(role)
     answers = lose(pairs, load, expected, pick(pairs, role, rng), rng.uniform(0, MOST_DELAY_S))
+    assert answers.wrong == []
+    wait_until(lambda: not pages_in_use(pairs), what="pages to be free")
+
+
+def test_stopped_decode_worker_is_replaced_and_changes_no_answer(
+    pairs: Running, load: Load, expected: tuple[list[int], ...]
+) -> None:
+    answers = lose(pairs, load, expected, "decode-0", 0.5, signal.SIGSTOP)
     assert answers.wrong == []
     wait_until(lambda: not pages_in_use(pairs), what="pages to be free")
 

@@ -51,21 +51,25 @@ class ReportRequest(_message.Message):
     MEMBER_ID_FIELD_NUMBER: _builtins.int
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
     TROUBLE_FIELD_NUMBER: _builtins.int
+    NEEDS_RESTART_FIELD_NUMBER: _builtins.int
     member_id: _builtins.str
     table_version: _builtins.int
     """No call under an older table is open, and none will begin; 0 = none in use yet."""
     trouble: _builtins.str
     """Why it takes no requests now; empty = it does."""
+    needs_restart: _builtins.bool
+    """Only another process in its place mends that."""
     def __init__(
         self,
         *,
         member_id: _builtins.str = ...,
         table_version: _builtins.int = ...,
         trouble: _builtins.str = ...,
+        needs_restart: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member_id", b"member_id", "table_version", b"table_version", "trouble", b"trouble"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member_id", b"member_id", "needs_restart", b"needs_restart", "table_version", b"table_version", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -108,6 +108,11 @@ class Engine:
             self._tiers.when_fetched(lambda: self._commands.put(_look_again))
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs: without it nothing that is submitted is ever answered."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

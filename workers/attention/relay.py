@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from workers.attention.types import Event, Sink
 
@@ -14,7 +15,9 @@ class EventRelay:
     else that the engine's thread does between two steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_event: Callable[[Event], None] = lambda _: None) -> None:
+        """Takes who hears of every event, on the loop, before its queue does."""
+        self._on_event = on_event
         self._lock = threading.Lock()
         self._waiting: deque[tuple[asyncio.Queue[Event], Event]] = deque()
         """Written by the engine's thread, emptied by the loop's, both under the lock."""
@@ -36,4 +39,5 @@ class EventRelay:
         with self._lock:
             waiting, self._waiting = self._waiting, deque()
         for events, event in waiting:
+            self._on_event(event)
             events.put_nowait(event)

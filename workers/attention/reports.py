@@ -10,6 +10,7 @@ import grpc.aio
 
 from wire.proto import control_pb2, control_pb2_grpc
 from wire.rpc import CHANNEL_OPTIONS
+from workers.attention.health import Verdict
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Reports:
         *,
         member_id: str,
         table_in_use: Callable[[], Awaitable[int]],
-        trouble: Callable[[], str],
+        verdict: Callable[[], Verdict],
     ) -> None:
         """Makes one that says nothing yet.
 
@@ -35,12 +36,12 @@ class Reports:
             controller_address: host:port.
             member_id: who reports.
             table_in_use: waits until no call under an older table than the newest is open; its version.
-            trouble: why the worker takes no requests now; "" = it does.
+            verdict: whether the worker takes requests now.
         """
         self._address = controller_address
         self._member_id = member_id
         self._table_in_use = table_in_use
-        self._trouble = trouble
+        self._verdict = verdict
         self._table_version = 0
         self._has_table = asyncio.Event()
         """The engine was offered a table that it may not use yet."""
@@ -50,7 +51,7 @@ class Reports:
         """The engine was offered a newer table: report as soon as it uses it."""
         self._has_table.set()
 
-    def notice_trouble(self) -> None:
+    def notice_verdict(self) -> None:
         """Whether the worker takes requests has changed: report now."""
         self._has_news.set()
 
@@ -78,8 +79,12 @@ class Reports:
             self._has_news.set()
 
     async def _send(self, stub: "control_pb2_grpc.ControlAsyncStub") -> None:
+        verdict = self._verdict()
         report = control_pb2.ReportRequest(
-            member_id=self._member_id, table_version=self._table_version, trouble=self._trouble()
+            member_id=self._member_id,
+            table_version=self._table_version,
+            trouble=verdict.trouble,
+            needs_restart=verdict.needs_restart,
         )
         try:
             await stub.Report(report, timeout=_DEADLINE_S)

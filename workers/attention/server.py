@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from router.experts.connect import make_transport
 from router.experts.dispatcher import DispatchRules, ExpertDispatcher
@@ -33,8 +34,10 @@ from wire.rpc import (
 )
 from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
+from workers.attention.checkup import Checkup
 from workers.attention.drain import Door
 from workers.attention.grammar import GrammarCompiler
+from workers.attention.health import HealthRules, Verdict
 from workers.attention.kv_receive import KvReceiver
 from workers.attention.kv_send import KvSender
 from workers.attention.moe import RemoteExperts
@@ -58,6 +61,7 @@ from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
 
+_SERVICE = attention_pb2.DESCRIPTOR.services_by_name["Attention"].full_name
 _FAREWELL_S = 2.0
 """What calls that were sent away get to end."""
 
@@ -115,7 +119,18 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             metrics=self.metrics,
             on_progress=log_progress(_log, f"tensors of {worker_id}"),
         )
-        self._relay = EventRelay()
+        self._relay = EventRelay(self._on_event)
+        self._checkup = Checkup(
+            self._engine,
+            relay=self._relay,
+            rules=HealthRules(
+                probe_s=settings.engine.group.probe_s,
+                stuck_s=settings.engine.group.stuck_s,
+                hopeless_s=settings.engine.group.stuck_s + dispatch.deadline_s,
+            ),
+            on_verdict=self._on_verdict,
+        )
+        self._health = health.aio.HealthServicer()
         self._door = Door(worker_id)
         self._watch = ClusterWatch(
             settings.controller_address, member_id=worker_id, on_snapshot=self._on_snapshot
@@ -124,11 +139,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             settings.controller_address,
             member_id=worker_id,
             table_in_use=self._table_in_use,
-            trouble=self._trouble,
+            verdict=lambda: self._checkup.verdict,
         )
         self._table_version = 0
         """Of the table built last; most snapshots carry it again."""
         self._watching: list[asyncio.Task[None]] = []
+        self._setting_health: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         lease_s = settings.engine.kv.lease_s
         self._sender = KvSender(
@@ -144,9 +160,12 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self._watching = [
             asyncio.create_task(self._watch.run(), name="watch"),
             asyncio.create_task(self._reports.run(), name="reports"),
+            asyncio.create_task(self._checkup.run(), name="checkup"),
         ]
+        await self._set_health()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         attention_pb2_grpc.add_AttentionServicer_to_server(self, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         handlers: dict[str, grpc.RpcMethodHandler[object, object]] = {
             "Prefill": grpc.unary_stream_rpc_method_handler(
                 self._prefill, request_deserializer=attention_pb2.SequenceRequest.FromString
@@ -164,7 +183,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
     async def drain(self) -> None:
         """Takes nothing new; lets what runs finish within the group's `drain_s`, and ends the rest."""
         self._door.close()
-        self._reports.notice_trouble()
+        self._checkup.leave()
         num_inside = self._door.num_inside
         num_sent_away = 0
         if not await self._door.wait_empty(self._settings.engine.group.drain_s):
@@ -254,6 +273,8 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
 
     def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
         self._transport.update_members(snapshot.members)
+        experts = [member for member in snapshot.members if member.role == control_pb2.ROLE_EXPERT]
+        has_experts = any(member.address for member in experts)
         if snapshot.HasField("table") and snapshot.table.version != self._table_version:
             try:
                 self._dispatcher.set_table(table_from_proto(snapshot.table))
@@ -261,9 +282,26 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
                 self._reports.notice_table()
             except MorayError:
                 _log.exception("refused routing table %d; keeping the last one", snapshot.table.version)
+        self._checkup.on_cluster(has_table=self._table_version > 0, has_experts=has_experts)
 
-    def _trouble(self) -> str:
-        return "it is leaving" if self._door.is_closed else ""
+    @property
+    def trouble(self) -> str:
+        """Why it takes no requests now; "" = it does."""
+        return self._checkup.verdict.trouble
+
+    def _on_event(self, event: Event) -> None:
+        self._checkup.on_event(event)
+
+    def _on_verdict(self, verdict: Verdict) -> None:
+        _log.info("takes no requests: %s" if verdict.trouble else "takes requests%s", verdict.trouble)
+        self._reports.notice_verdict()
+        self._setting_health = asyncio.get_running_loop().create_task(self._set_health())
+
+    async def _set_health(self) -> None:
+        states = health_pb2.HealthCheckResponse
+        status = states.NOT_SERVING if self.trouble else states.SERVING
+        for service in ("", _SERVICE):
+            await self._health.set(service, status)
 
     async def _table_in_use(self) -> int:
         version = self._table_version

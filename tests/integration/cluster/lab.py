@@ -185,7 +185,13 @@ class Lab:
     """A running controller, its processes, and a watcher that checks every table it is sent."""
 
     def __init__(self, launcher: FakeLauncher, values: dict[str, Any]) -> None:
-        timing = {"heartbeat_s": 0.05, "heartbeat_misses": 4, "restart_delay_s": 0.02, "reader_lease_s": 0.6}
+        timing = {
+            "heartbeat_s": 0.05,
+            "heartbeat_misses": 4,
+            "restart_delay_s": 0.02,
+            "reader_lease_s": 0.6,
+            "report_misses": 1000,
+        }
         self.config = MorayConfig.from_mapping(
             {"prefill": {"replicas": 0}}
             | values

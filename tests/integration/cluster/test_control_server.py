@@ -42,13 +42,13 @@ class Controller:
         self.metrics = Metrics("controller")
         self.num_shutdowns = 0
         self.error = error
-        self.reports: list[tuple[str, int, str]] = []
+        self.reports: list[control_pb2.ReportRequest] = []
         self.scaled: list[tuple[str, int]] = []
         self.server = ControlServer(self, metrics=self.metrics)
         self.address = ""
 
-    async def on_report(self, member_id: str, table_version: int, *, trouble: str) -> None:
-        self.reports.append((member_id, table_version, trouble))
+    async def on_report(self, report: control_pb2.ReportRequest) -> None:
+        self.reports.append(report)
 
     async def scale(self, role: str, num_workers: int) -> int:
         self.scaled.append((role, num_workers))
@@ -228,8 +228,9 @@ def test_report_reaches_the_controller() -> None:
     async def test() -> None:
         async with controller() as control, grpc.aio.insecure_channel(control.address) as channel:
             stub = control_pb2_grpc.ControlStub(channel)
-            await stub.Report(control_pb2.ReportRequest(member_id="decode-0", table_version=7, trouble="t"))
-            assert control.reports == [("decode-0", 7, "t")]
+            report = control_pb2.ReportRequest(member_id="decode-0", table_version=7, trouble="t")
+            await stub.Report(report)
+            assert control.reports == [report]
 
     run(test())
 

@@ -217,20 +217,42 @@ def test_attention_workers_come_and_go() -> None:
 
 
 def test_worker_that_reports_trouble_is_shown_as_not_ready() -> None:
+    async def is_ready_after(lab: Lab, trouble: str) -> bool:
+        version = lab.tables[-1].version
+        report = control_pb2.ReportRequest(member_id="decode-0", table_version=version, trouble=trouble)
+        await lab.stub.Report(report)
+        watch = lab.stub.Watch(control_pb2.WatchRequest(member_id="test"))
+        shown = {member.worker_id: member.is_ready for member in (await watch.read()).members}
+        watch.cancel()
+        return shown["decode-0"]
+
     async def test() -> None:
         async with running(THREE) as lab:
             await up(lab)
-            for trouble in ("it is leaving", ""):
-                version = lab.tables[-1].version
+            lab.launcher.readers["decode-0"].reports = False
+            # A report of the reader may still be on its way.
+            while await is_ready_after(lab, "it is leaving"):
+                pass
+            while not await is_ready_after(lab, ""):
+                pass
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_hopeless", [False, True], ids=["silent", "hopeless"])
+def test_attention_worker_that_is_silent_or_past_mending_is_replaced(is_hopeless: bool) -> None:
+    async def test() -> None:
+        misses = 1000 if is_hopeless else 3
+        async with running({"controller": {"report_s": 0.2, "report_misses": misses}}) as lab:
+            await up(lab)
+            lab.launcher.readers["decode-0"].reports = False
+            if is_hopeless:
                 report = control_pb2.ReportRequest(
-                    member_id="decode-0", table_version=version, trouble=trouble
+                    member_id="decode-0", trouble="its engine has ended", needs_restart=True
                 )
-                lab.launcher.readers["decode-0"].reports = False
                 await lab.stub.Report(report)
-                watch = lab.stub.Watch(control_pb2.WatchRequest(member_id="test"))
-                shown = {member.worker_id: member.is_ready for member in (await watch.read()).members}
-                watch.cancel()
-                assert shown["decode-0"] == (not trouble)
+            await lab.until(lambda: lab.launcher.num_starts["decode-0"] == 2)
+            assert lab.metric("restarts_total", role="decode") == 1
 
     run(test())
 

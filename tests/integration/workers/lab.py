@@ -166,7 +166,7 @@ class Cluster:
         The other fields are of its group or of `kv`.
         """
         kv = {name: group.pop(name) for name in KvConfig.model_fields.keys() & group.keys()}
-        values = {"num_pages": 256, "max_step_tokens": 32, **group}
+        values = {"num_pages": 256, "max_step_tokens": 32, "probe_s": 0, **group}
         engine = EngineConfig(
             group=AttentionConfig(**values),
             compute=self.compute,
