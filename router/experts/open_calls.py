@@ -6,7 +6,7 @@ from concurrent.futures import Future
 
 import grpc
 
-from wire.errors import FrameInvalid, MorayError, WorkerLost, from_status
+from wire.errors import FrameInvalid, HandshakeRefused, MorayError, WorkerLost, from_status
 from wire.frames import Frame, FrameKind
 
 
@@ -20,6 +20,8 @@ class OpenCalls:
         self._lock = threading.Lock()
         self._open: dict[int, Future[Frame]] = {}
         self._is_broken = False
+        self._later: MorayError = WorkerLost(f"{name} is gone")
+        """What calls on a broken stream are told."""
 
     @property
     def is_broken(self) -> bool:
@@ -34,7 +36,7 @@ class OpenCalls:
             if not self._is_broken:
                 self._open[call_id] = future
                 return call_id, future
-        future.set_exception(WorkerLost(f"{self._name} is gone"))
+        future.set_exception(self._later)
         return call_id, future
 
     def resolve(self, frame: Frame) -> None:
@@ -62,9 +64,12 @@ class OpenCalls:
     def fail(self, error: MorayError) -> int:
         """Fails every open call, now and later; the number of those that were open.
 
-        What a retry can mend becomes WorkerLost: the stream is gone, whatever was said last.
+        What a retry can mend becomes WorkerLost: the stream is gone, whatever was said last. A refused
+        handshake is told to later calls too: it may come before the first, and no new stream mends it.
         """
         with self._lock:
+            if isinstance(error, HandshakeRefused) and not self._is_broken:
+                self._later = error
             self._is_broken = True
             pending = list(self._open.values())
             self._open.clear()

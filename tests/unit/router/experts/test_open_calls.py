@@ -56,23 +56,32 @@ def test_unknown_error_is_an_internal_one(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "told", "told_later"),
     [
-        (WorkerLost("x"), WorkerLost),
-        (StaleTable("x"), WorkerLost),
-        (RequestCancelled("x"), WorkerLost),
-        (FrameInvalid("x"), FrameInvalid),
-        (HandshakeRefused("x"), HandshakeRefused),
+        (WorkerLost("x"), WorkerLost, WorkerLost),
+        (StaleTable("x"), WorkerLost, WorkerLost),
+        (RequestCancelled("x"), WorkerLost, WorkerLost),
+        (FrameInvalid("x"), FrameInvalid, WorkerLost),
+        (HandshakeRefused("x"), HandshakeRefused, HandshakeRefused),
     ],
 )
-def test_failed_stream_fails_every_call_now_and_later(error: MorayError, told: type[MorayError]) -> None:
+def test_failed_stream_fails_every_call_now_and_later(
+    error: MorayError, told: type[MorayError], told_later: type[MorayError]
+) -> None:
     calls = OpenCalls("w")
     futures = [calls.open()[1] for _ in range(3)]
     assert calls.fail(error) == 3
     assert [type(future.exception(timeout=0)) for future in futures] == [told] * 3
     assert calls.is_broken
-    assert isinstance(calls.open()[1].exception(timeout=0), WorkerLost)
+    assert isinstance(calls.open()[1].exception(timeout=0), told_later)
     assert calls.fail(error) == 0
+
+
+def test_refusal_before_the_first_call_is_what_that_call_is_told() -> None:
+    calls = OpenCalls("w")
+    assert calls.fail(HandshakeRefused("another model")) == 0
+    calls.fail(WorkerLost("and then it was gone"))
+    assert str(calls.open()[1].exception(timeout=0)) == "another model"
 
 
 def test_refused_call_is_closed_and_the_others_stay_open() -> None:
