@@ -40,7 +40,8 @@ class RouterConfig(FrozenConfig):
     max_queued_requests: int = Field(256, ge=0)
     """Requests that wait here for room at the workers; one more is refused with RESOURCE_EXHAUSTED."""
     max_wait_s: float = Field(30.0, ge=0)
-    """Seconds that a request waits for room; one that would wait longer is refused at once."""
+    """Seconds that a request may wait for room: one that would wait longer, as the line moved lately, is
+    refused at once; one that is in line is refused after twice as long."""
     queue_share: float = Field(0.5, gt=0, le=1)
     """Of the waiting requests, one tenant's at most while others wait too."""
     kv_overcommit: float = Field(2.0, ge=1)

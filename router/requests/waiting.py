@@ -12,6 +12,9 @@ from router.requests.selection import num_pages_of
 from router.requests.types import AdmittedRequest
 from wire.metrics import Metrics
 
+_PATIENCE = 2
+"""Guesses of a wait may be too low by so much: who was let in line is not sent away late for a bit more."""
+
 
 class WaitingRoom:
     """Sessions enter before their first attempt and stay until their end; a replay does not wait again."""
@@ -76,7 +79,9 @@ class WaitingRoom:
         begin_s = _now_s()
         turn = self._turns[ticket.ticket_id] = asyncio.get_running_loop().create_future()
         self._metrics.gauge("queued_requests").set(self._line.num_waiting)
-        wait_s = self._max_wait_s if ticket.end_s is None else min(self._max_wait_s, ticket.end_s - begin_s)
+        wait_s = _PATIENCE * self._max_wait_s
+        if ticket.end_s is not None:
+            wait_s = min(wait_s, ticket.end_s - begin_s)
         try:
             await asyncio.wait([turn], timeout=wait_s)
         except asyncio.CancelledError:
