@@ -250,6 +250,15 @@ def test_integrity_check_names_pages_without_a_sequence() -> None:
         lab.engine._pages.release("ghost")
 
 
+def test_wrong_accounts_are_counted_when_the_last_sequence_ends(caplog: pytest.LogCaptureFixture) -> None:
+    with open_engine("default") as lab:
+        lab.engine._pages._free.insert(0, lab.engine._pages._free[0])
+        assert len(lab.run(PROMPT)) == 8
+        lab.until(lambda: lab.metric("integrity_errors_total") == 1)
+        lab.engine.stop()
+    assert "page accounts are wrong" in caplog.text
+
+
 def test_idle_engine_shows_its_free_pages() -> None:
     with open_engine("default", num_pages=16) as lab:
         lab.until_metric(16, "pages", state="free")

@@ -1,6 +1,7 @@
 """Too few pages for all: sequences start again, and every text is that of the request alone."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -128,11 +129,13 @@ def test_refused_requests_do_not_stay_in_the_queue(fields: dict[str, object]) ->
         assert lab.engine._residents.gate.is_empty()
 
 
-@settings(max_examples=15)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_random_requests_under_pressure_equal_each_alone(data: st.DataObject) -> None:
-    """Tiny pools, priorities, common prefixes, cancels; each survivor's text is that of it alone."""
+    """Tiny pools, priorities, common prefixes, cancels, drafts; each survivor's text is that of it alone."""
     shape = data.draw(st.sampled_from(["default", "sparse", "mtp"]))
+    max_drafts = data.draw(st.sampled_from([0, 3])) if shape == "mtp" else 0
+    kv: dict[str, Any] = {"dtype": data.draw(st.sampled_from(["float32", "fp8"]))}
     rng = random.Random(data.draw(st.integers(0, 2**20)))
     words = [rng.choices(range(3, 320), k=rng.randint(1, 9)) for _ in range(3)]
     requests = [
@@ -143,7 +146,7 @@ def test_random_requests_under_pressure_equal_each_alone(data: st.DataObject) ->
         }
         for _ in range(8)
     ]
-    with open_engine(shape, prefix_reuse=False) as lab:
+    with open_engine(shape, prefix_reuse=False, kv=kv) as lab:
         alone = [lab.run(**fields) for fields in requests]
     group = {
         "num_pages": data.draw(st.sampled_from([14, 18, 30])),
@@ -153,7 +156,8 @@ def test_random_requests_under_pressure_equal_each_alone(data: st.DataObject) ->
         "prefix_reuse": data.draw(st.booleans()),
         "context_cost_tokens": data.draw(st.sampled_from([4, 65536])),
     }
-    with open_engine(shape, **group) as lab:
+    kv["host_tier_bytes"] = data.draw(st.sampled_from([0, 1 << 20]))
+    with open_engine(shape, kv=kv, max_drafts=max_drafts, **group) as lab:
         listeners = [
             lab.submit(
                 make_spec(**fields, request_id=str(i), priority=rng.randint(0, 1), tenant=rng.choice("ab"))
