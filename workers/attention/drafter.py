@@ -49,7 +49,7 @@ class Policy(Protocol):
     def on_step(
         self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
     ) -> None:
-        """Learns from a step in which all sequences decoded and had all their drafts."""
+        """Learns from a step of sequences that decoded; `accepted` is of those with all their drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,9 @@ Running = Sequence[tuple[SequenceState, int]]
 MAX_LATE_ROWS = 256
 """Rows that the MTP layer may be behind, all sequences together, while nothing is drafted."""
 
+MIN_ALIKE = 0.75
+"""Share of a step's sequences that must have all drafts, or its time says nothing about them."""
+
 MAX_SENT_ROWS = 512
 """Rows of the MTP layer that are handed to another worker at a time."""
 
@@ -103,7 +106,11 @@ class StepRunner:
             return 0
         drafter, policy = self.speculation.drafter, self.speculation.policy
         decoding = [sequence for sequence, _ in running if sequence.phase is Phase.DECODE]
-        num_drafts = policy.plan_drafts(len(decoding)) if decoding else 0
+        num_drafts = 0
+        if decoding:
+            spare_tokens = self.limits.max_step_tokens - sum(num_tokens for _, num_tokens in running)
+            most = max(spare_tokens, 0) // len(decoding)
+            num_drafts = min(policy.plan_drafts(len(decoding)), most) if most else 0
         drafter.catch_up(
             [s for s, _ in running if s.phase is not Phase.DECODE or s.num_new_tokens == 1], max_rows=1
         )
@@ -231,15 +238,17 @@ class StepRunner:
         *,
         seconds: float,
     ) -> None:
-        """Counts drafts, and tells the policy of a step in which all sequences decoded alike."""
+        """Counts drafts, and tells the policy of a step in which nearly all sequences decoded alike."""
         if self.speculation is None:
             return
         for rows, tokens in zip(step, new_tokens, strict=True):
             for position in range(len(rows.draft_ids)):
                 outcome = "accepted" if position < len(tokens) - 1 else "rejected"
                 self.metrics.counter("drafts_total", position=str(position + 1), outcome=outcome).inc()
-        if all(r.sequence.phase is Phase.DECODE and len(r.draft_ids) == num_drafts for r in step):
-            accepted = [len(tokens) - 1 for tokens in new_tokens]
+        # Some are at their end, or have just come from another worker.
+        alike = [len(r.draft_ids) == num_drafts for r in step]
+        if all(r.sequence.phase is Phase.DECODE for r in step) and sum(alike) >= MIN_ALIKE * len(step):
+            accepted = [len(tokens) - 1 for tokens, is_so in zip(new_tokens, alike, strict=True) if is_so]
             self.speculation.policy.on_step(len(step), num_drafts, seconds=seconds, accepted=accepted)
 
 

@@ -123,7 +123,7 @@ class DraftPolicy:
             num_sequences: that decoded.
             num_drafts: of each sequence, as planned.
             seconds: of the whole step.
-            accepted: of each sequence: how many drafts stood.
+            accepted: of each sequence that had all its drafts: how many stood.
         """
         size = self._size(num_sequences)
         size.seconds[num_drafts].append(seconds)
@@ -137,7 +137,7 @@ class DraftPolicy:
             chance.num_drafted = chance.num_drafted * memory + num_tried
             chance.num_accepted = chance.num_accepted * memory + num_stood
         if num_drafts > size.best:
-            rate = (1 + sum(accepted) / num_sequences) / self._seconds(size, num_drafts)
+            rate = (1 + sum(accepted) / len(accepted)) / self._seconds(size, num_drafts)
             if rate > self._rate(size, size.best):
                 size.until_probe = min(size.until_probe, 2)
 

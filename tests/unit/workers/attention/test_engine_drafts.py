@@ -251,3 +251,44 @@ def test_drafts_behind_a_hand_over_are_those_of_one_worker_where_the_rows_were_s
     both = apart.keys() & alone.keys()
     assert len(both) >= 3
     assert ({key: apart[key] for key in both} == {key: alone[key] for key in both}) is with_layer
+
+
+class Listening(AlwaysDrafts):
+    """Notes what it is told."""
+
+    told: list[tuple[int, int, int]]
+
+    def __init__(self, rules: DraftRules) -> None:
+        super().__init__(rules)
+        type(self).told = []
+
+    def on_step(
+        self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
+    ) -> None:
+        assert seconds > 0
+        self.told.append((num_sequences, num_drafts, len(accepted)))
+
+
+def test_steps_tell_the_policy_though_one_sequence_is_at_its_end() -> None:
+    """Four decode with one draft each; the last has one token left and gets none."""
+    prompts = [[5, 6, i] for i in range(7, 11)]
+    with open_drafting(max_drafts=1, policy=Listening) as lab:
+        lab.door.hold()
+        listeners = [
+            lab.submit(make_spec(prompt, request_id=str(i), max_tokens=9 if i < 3 else 2))
+            for i, prompt in enumerate(prompts)
+        ]
+        lab.door.open()
+        assert [len(listener.tokens()) for listener in listeners] == [9, 9, 9, 2]
+        assert (4, 1, 3) in Listening.told
+
+
+def test_steps_without_room_for_drafts_do_not_run_the_layer() -> None:
+    """Three sequences, steps of three tokens: the layer runs over prompts, and over nothing else."""
+    prompts = [[5, 6, i] for i in range(7, 10)]
+    with open_drafting(max_step_tokens=3, policy=Listening) as lab:
+        texts = together(lab, prompts, max_tokens=12)
+        assert (3, 0, 3) in Listening.told
+        assert all(num_drafts == 0 for num_sequences, num_drafts, _ in Listening.told if num_sequences == 3)
+    with open_engine("mtp") as lab:
+        assert [lab.run(prompt, max_tokens=12) for prompt in prompts] == texts

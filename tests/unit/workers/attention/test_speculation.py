@@ -88,6 +88,14 @@ def test_drafts_bring_nearly_what_the_best_number_brings(
     assert got >= 0.93 * best
 
 
+@pytest.mark.parametrize("batch", [1, 8, 32, 64])
+@pytest.mark.parametrize("cost", [0.1, 0.4, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_drafts_that_never_stand_cost_a_twentieth_at_most(seed: int, cost: float, batch: int) -> None:
+    policy = DraftPolicy(DraftRules(max_drafts=3))
+    assert speed_up(policy, chance=0.0, cost=cost, batch=batch, seed=seed) >= 0.95
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 def test_text_that_becomes_predictable_is_noticed(batch: int) -> None:
     policy = DraftPolicy(DraftRules(max_drafts=1))
