@@ -49,7 +49,7 @@ class AttentionConfig(WorkerGroupConfig):
     max_queued_requests: int = Field(256, ge=1)
     """Requests that wait in a worker; more are refused with RESOURCE_EXHAUSTED at once."""
     max_queue_s: float = Field(30.0, gt=0)
-    """Seconds that a request waits; one that would wait longer is refused at once."""
+    """Seconds that a request waits; one that would wait longer is refused at once, or after twice as long."""
     context_cost_tokens: int = Field(65536, ge=1)
     """Context behind which a prompt token counts as two of a step: the indexer scores all of it."""
     micro_batches: int = Field(1, ge=1, le=2)

@@ -34,6 +34,8 @@ from workers.attention.types import (
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE = 2
+"""Times the longest wait that is foreseen: a guess that was a little low is no reason to refuse late."""
 _CHECK_EVERY = 64
 """Sequences that end between two checks of the page accounts, while there are others."""
 
@@ -99,7 +101,7 @@ class Residents:
             self.turn_away(spec, sink, refusal)
             return
         sequence = SequenceState(spec, sink, token_ids=list(spec.token_ids))
-        sequence.patience_s = began_s + self._max_wait_s
+        sequence.patience_s = began_s + _PATIENCE * self._max_wait_s
         if spec.deadline_ms:
             sequence.deadline_s = began_s + spec.deadline_ms / 1000
         self._prefix.expect(sequence)
@@ -119,7 +121,7 @@ class Residents:
             self._refuse(key, error, reason="deadline")
         for key in plan.refuse:
             wait_s = self._max_wait_s
-            message = f"{key} waited {wait_s:g} s for KV pages; try again in {wait_s:g} s"
+            message = f"{key} waited {_PATIENCE * wait_s:g} s for KV pages; try again in {wait_s:g} s"
             self._refuse(key, Overloaded(message, retry_after_s=wait_s), reason="patience")
         if plan.preempt is not None:
             self.restart(self._sequences[plan.preempt])

@@ -110,7 +110,7 @@ def test_patience_ends_while_the_engine_has_nothing_to_do() -> None:
         waiting = lab.submit(make_spec(PROMPT[::-1], request_id="waiting"))
         error = waiting.error()
         assert isinstance(error, Overloaded)
-        assert "waited 0.05 s" in error.message
+        assert "waited 0.1 s for KV pages; try again in 0.05 s" in error.message
         lab.engine.cancel(remote.spec)
         lab.is_empty()
         assert lab.engine._residents.gate.is_empty()
