@@ -261,6 +261,23 @@ async def scale(
             raise _controller_error(error, controller_address) from None
 
 
+async def set_role(
+    controller_address: str, worker_id: str, role: "control_pb2.Role.ValueType", *, deadline_s: float
+) -> int:
+    """Has an attention worker of a running cluster work in another role; the snapshot that says so.
+
+    Raises:
+        MorayError: nothing answers there, or the role cannot be.
+    """
+    request = control_pb2.SetRoleRequest(worker_id=worker_id, role=role)
+    async with grpc.aio.insecure_channel(controller_address, options=CHANNEL_OPTIONS) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        try:
+            return (await stub.SetRole(request, timeout=deadline_s)).snapshot_version
+        except grpc.aio.AioRpcError as error:
+            raise _controller_error(error, controller_address) from None
+
+
 async def rebalance(
     controller_address: str, request: control_pb2.RebalanceRequest, *, deadline_s: float
 ) -> control_pb2.RebalanceResponse:

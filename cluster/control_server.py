@@ -35,6 +35,9 @@ class ControlHandler(Protocol):
     async def scale(self, role: str, num_workers: int) -> int:
         """Gives a role so many workers; the version of the table then."""
 
+    async def set_role(self, worker_id: str, role: str) -> int:
+        """Has an attention worker work in another role; the version of the snapshot that says so."""
+
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         """Plans the placement anew and carries it out."""
 
@@ -111,11 +114,19 @@ class ControlServer(control_pb2_grpc.ControlServicer):
     @unary_errors
     async def Scale(self, request: control_pb2.ScaleRequest, context: Context) -> control_pb2.ScaleResponse:
         """Gives a role another number of workers; answers when the cluster is so."""
-        role = control_pb2.Role.Name(request.role).removeprefix("ROLE_").lower()
+        role = _role_name(request.role)
         if role not in ELASTIC_ROLES:
             raise InvalidRequest(f"role: wanted one of {', '.join(ELASTIC_ROLES)}; got {role}", field="role")
         version = await self._handler.scale(role, request.num_workers)
         return control_pb2.ScaleResponse(table_version=version)
+
+    @unary_errors
+    async def SetRole(
+        self, request: control_pb2.SetRoleRequest, context: Context
+    ) -> control_pb2.SetRoleResponse:
+        """Has an attention worker work in another role; answers when routers are told."""
+        version = await self._handler.set_role(request.worker_id, _role_name(request.role))
+        return control_pb2.SetRoleResponse(snapshot_version=version)
 
     @unary_errors
     async def Rebalance(
@@ -130,3 +141,9 @@ class ControlServer(control_pb2_grpc.ControlServicer):
             while self._newest is None or self._newest.version <= seen_version:
                 await self._changed.wait()
             return self._newest
+
+
+def _role_name(role: "control_pb2.Role.ValueType") -> str:
+    """`decode` for ROLE_DECODE; a number that is none of the roles as it is."""
+    names = control_pb2.Role.DESCRIPTOR.values_by_number
+    return names[role].name.removeprefix("ROLE_").lower() if role in names else str(int(role))

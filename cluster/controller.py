@@ -63,7 +63,7 @@ class Controller:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """What supervises each member, and what runs beside."""
         self._scale = expert_pb2.Scale()
-        """How many workers there should be; its version counts the changes."""
+        """How many workers there should be, and in which roles; its version counts the changes."""
         self._reported_s: dict[str, float] = {}
         """When each attention worker was last heard of."""
         self._hopeless: dict[str, str] = {}
@@ -132,7 +132,7 @@ class Controller:
             ConfigError: too few to serve, or for the experts.
         """
         plan = self._state.resize(role, num_workers)
-        self._scale = expert_pb2.Scale(version=self._scale.version + 1, num_workers=self._state.num_workers())
+        self._remember()
         for worker_id in plan.new:
             self._supervise_from_now(worker_id)
         for worker_id in plan.leaving:
@@ -141,9 +141,32 @@ class Controller:
         await self._rollout.wait_for(lambda: self._has_size(role, num_workers))
         return self._state.table_version
 
+    async def set_role(self, worker_id: str, role: str) -> int:
+        """Has an attention worker work in another role; returns the version of the snapshot that says so.
+
+        What runs on it finishes; routers send what is new.
+
+        Raises:
+            InvalidRequest: no such worker or role.
+            ConfigError: nobody would do what it does now.
+        """
+        self._state.set_role(worker_id, role)
+        self._remember()
+        await self._rollout.follow_up(has_news=True)
+        _log.info("%s works as %s", worker_id, role)
+        return self._state.snapshot_version
+
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         """Plans the placement anew and carries it out; see Balancer.rebalance."""
         return await self._balancer.rebalance(force=force, seed=seed)
+
+    def _remember(self) -> None:
+        """Expert workers keep sizes and roles for a controller that starts again."""
+        self._scale = expert_pb2.Scale(
+            version=self._scale.version + 1,
+            num_workers=self._state.num_workers(),
+            roles=self._state.assigned_roles(),
+        )
 
     # ---- one member ----
 
@@ -307,8 +330,11 @@ class Controller:
             if role_of(worker_id) == "expert":
                 with contextlib.suppress(MorayError, TimeoutError):
                     await asyncio.wait_for(self._recall_from(worker_id), _RECALL_S)
+        # Sizes may rest on roles, and workers that have one may come only with the sizes.
+        self._state.recall_roles(self._scale.roles)
         for role, num_workers in self._scale.num_workers.items():
             self._state.resize(role, num_workers)
+        self._state.recall_roles(self._scale.roles)
         known = {member.worker_id for member in self._state.members()}
         for worker_id in running:
             if worker_id not in known and role_of(worker_id) in ELASTIC_ROLES:

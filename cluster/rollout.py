@@ -112,7 +112,7 @@ class Rollout:
         counts: dict[tuple[str, str], int] = {}
         for member in self._state.members():
             for state in ("ready", "starting"):
-                key = (member.role, state)
+                key = (member.duty, state)
                 counts[key] = counts.get(key, 0) + (member.is_ready == (state == "ready"))
         for (role, state), count in counts.items():
             self._metrics.gauge("members", role=role, state=state).set(count)

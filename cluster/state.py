@@ -4,7 +4,7 @@ Level-triggered: an event changes what is known, `snapshot` is computed from wha
 controller that hears the same reports publishes the same table under a higher version.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from cluster.balance.live import plan_rebalance
@@ -14,6 +14,7 @@ from cluster.control.members import (
     ATTENTION_ROLES,
     MemberState,
     Resize,
+    check_role_change,
     count_roles,
     member_to_proto,
     plan_resize,
@@ -63,8 +64,10 @@ class ClusterState:
 
     def on_started(self, member: MemberState) -> None:
         """A process runs and can be reached; it does no work yet."""
-        was_leaving = self._members[member.worker_id].is_leaving
-        self._members[member.worker_id] = replace(member, is_ready=False, is_leaving=was_leaving)
+        before = self._members[member.worker_id]
+        self._members[member.worker_id] = replace(
+            member, is_ready=False, is_leaving=before.is_leaving, assigned_role=before.assigned_role
+        )
         if member.role in ATTENTION_ROLES:
             self.tables.on_reader_started(member.worker_id)
 
@@ -139,6 +142,25 @@ class ClusterState:
         self.place()
         return plan
 
+    def set_role(self, worker_id: str, role: str) -> None:
+        """Has an attention worker work in another role from now on, also after it was started again.
+
+        Raises:
+            InvalidRequest: no such worker or role.
+            ConfigError: nobody would do what it does now.
+        """
+        check_role_change(self.members(), worker_id, role)
+        self.recall_roles({worker_id: role})
+
+    def recall_roles(self, roles: Mapping[str, str]) -> None:
+        """Workers have had these roles before; those that do not exist are left out."""
+        for worker_id in roles.keys() & self._members.keys():
+            self._members[worker_id] = replace(self._members[worker_id], assigned_role=roles[worker_id])
+
+    def assigned_roles(self) -> dict[str, str]:
+        """Worker -> role, of those that do not work in that of their group."""
+        return {m.worker_id: m.assigned_role for m in self._members.values() if m.duty != m.role}
+
     def on_found_leaving(self, worker_id: str, role: str) -> None:
         """A process runs that is none of the members: it was leaving when the controller before died."""
         self._members[worker_id] = MemberState(worker_id=worker_id, role=role, is_leaving=True)
@@ -192,6 +214,11 @@ class ClusterState:
             num_slots=self._num_slots,
             placement={worker_id: number_slots({}, places) for worker_id, places in placement.items()},
         )
+
+    @property
+    def snapshot_version(self) -> int:
+        """Version of the newest snapshot; 0 = none yet."""
+        return self._snapshot_version
 
     @property
     def table_version(self) -> int:

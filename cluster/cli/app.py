@@ -14,6 +14,7 @@ from cluster.cli import (
     checkpoint,
     generate,
     logits,
+    role,
     router,
     scale,
     status,
@@ -34,6 +35,7 @@ app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("scale")(scale.scale)
+app.command("role")(role.role)
 app.command("rebalance")(scale.rebalance)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -50,7 +50,9 @@ def _table_line(snapshot: control_pb2.ClusterSnapshot) -> str:
 def _state(member: control_pb2.Member) -> str:
     if member.is_leaving:
         return "leaving"
-    return "ready" if member.is_ready else "starting"
+    state = "ready" if member.is_ready else "not ready"
+    role = control_pb2.Role.Name(member.role).removeprefix("ROLE_").lower()
+    return state if member.worker_id.startswith(role) else f"{state}, as {role}"
 
 
 def _time(unix_s: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster.topology.types import NodeTopology
-from wire.errors import ConfigError
+from wire.errors import ConfigError, InvalidRequest
 from wire.proto import control_pb2
 
 ROLE_TO_PROTO = {
@@ -38,8 +38,15 @@ class MemberState:
     num_pages: int = 0
     problem: str = ""
     """Why it is not ready; "" while it simply starts."""
+    assigned_role: str = ""
+    """What an attention worker does instead of its group's role; "" = that role."""
     trouble: str = ""
     """Why it takes no requests although it runs, in its own words; "" = it does."""
+
+    @property
+    def duty(self) -> str:
+        """The role that it works in."""
+        return self.assigned_role or self.role
 
     @property
     def can_work(self) -> bool:
@@ -70,14 +77,40 @@ def plan_resize(members: Sequence[MemberState], role: str, num_workers: int) -> 
     """
     wanted = [f"{role}-{idx}" for idx in range(num_workers)]
     present = [member.worker_id for member in members if member.role == role]
-    others = {m.role for m in members if m.role != role and not m.is_leaving}
-    if present and not num_workers and not _can_do_without(role, others):
-        raise ConfigError(field=f"{role}.replicas", wanted="at least 1 while the cluster serves", given="0")
+    staying = {m.duty for m in members if (m.worker_id in wanted if m.role == role else not m.is_leaving)}
+    after = staying | {role_of(worker_id) for worker_id in wanted if worker_id not in present}
+    could_serve = _can_serve(role, {m.duty for m in members if not m.is_leaving})
+    if present and not _can_serve(role, after) and (could_serve or not num_workers):
+        least = "at least 1" if not num_workers else "more"
+        raise ConfigError(
+            field=f"{role}.replicas", wanted=f"{least} while the cluster serves", given=str(num_workers)
+        )
     return Resize(
         new=tuple(worker_id for worker_id in wanted if worker_id not in present),
         leaving=tuple(worker_id for worker_id in present if worker_id not in wanted),
         staying=tuple(worker_id for worker_id in present if worker_id in wanted),
     )
+
+
+def check_role_change(members: Sequence[MemberState], worker_id: str, role: str) -> None:
+    """Refuses a change of an attention worker's role after which nobody would prefill, or nobody decode.
+
+    Raises:
+        InvalidRequest: no such attention worker, or no such role for one; names the field.
+        ConfigError: the others do not do what the worker does now.
+    """
+    workers = {m.worker_id: m for m in members if m.role in ATTENTION_ROLES and not m.is_leaving}
+    if worker_id not in workers:
+        known = ", ".join(workers)
+        raise InvalidRequest(
+            f"worker_id: wanted an attention worker ({known}); got {worker_id!r}", field="worker_id"
+        )
+    if role not in ATTENTION_ROLES:
+        raise InvalidRequest(f"role: wanted one of {', '.join(ATTENTION_ROLES)}; got {role}", field="role")
+    duties = {role if m.worker_id == worker_id else m.duty for m in workers.values()}
+    if not _can_serve(role, duties):
+        wanted = f"another worker that does what {worker_id} does now ({workers[worker_id].duty})"
+        raise ConfigError(field="role", wanted=wanted, given="none", hint="add one with `moray scale`")
 
 
 def role_of(worker_id: str) -> str:
@@ -98,7 +131,7 @@ def member_to_proto(member: MemberState) -> control_pb2.Member:
     """A member as the snapshot shows it; an attention worker that leaves takes nothing new."""
     message = control_pb2.Member(
         worker_id=member.worker_id,
-        role=ROLE_TO_PROTO[member.role],
+        role=ROLE_TO_PROTO[member.duty],
         address=member.address,
         metrics_address=member.metrics_address,
         incarnation=member.incarnation,
@@ -115,8 +148,8 @@ def member_to_proto(member: MemberState) -> control_pb2.Member:
     return message
 
 
-def _can_do_without(role: str, others: set[str]) -> bool:
-    """Whether experts, prefill and decode are all there without a role."""
-    if role == "both":
-        return {"prefill", "decode"} <= others
-    return role != "expert" and "both" in others
+def _can_serve(role: str, duties: set[str]) -> bool:
+    """Whether experts, or prefill and decode, are there when a role has changed."""
+    if role == "expert":
+        return "expert" in duties
+    return "both" in duties or {"prefill", "decode"} <= duties

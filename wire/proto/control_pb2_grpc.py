@@ -55,6 +55,11 @@ class ControlStub:
                 request_serializer=wire_dot_proto_dot_control__pb2.ScaleRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_control__pb2.ScaleResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/moray.v1.Control/SetRole',
+                request_serializer=wire_dot_proto_dot_control__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_control__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.Rebalance = channel.unary_unary(
                 '/moray.v1.Control/Rebalance',
                 request_serializer=wire_dot_proto_dot_control__pb2.RebalanceRequest.SerializeToString,
@@ -95,6 +100,13 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Rebalance(self, request, context):
         """Plans the placement anew and carries it out; answers when its routing table is published.
         """
@@ -124,6 +136,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Scale,
                     request_deserializer=wire_dot_proto_dot_control__pb2.ScaleRequest.FromString,
                     response_serializer=wire_dot_proto_dot_control__pb2.ScaleResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=wire_dot_proto_dot_control__pb2.SetRoleRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_control__pb2.SetRoleResponse.SerializeToString,
             ),
             'Rebalance': grpc.unary_unary_rpc_method_handler(
                     servicer.Rebalance,
@@ -240,6 +257,33 @@ class Control:
             '/moray.v1.Control/Scale',
             wire_dot_proto_dot_control__pb2.ScaleRequest.SerializeToString,
             wire_dot_proto_dot_control__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Control/SetRole',
+            wire_dot_proto_dot_control__pb2.SetRoleRequest.SerializeToString,
+            wire_dot_proto_dot_control__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class ControlStub:
     """
     Scale: _grpc.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]
     """Changes how many workers a role has; answers when the cluster is as asked."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.SetRoleResponse]
+    """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
     Rebalance: _grpc.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]
     """Plans the placement anew and carries it out; answers when its routing table is published."""
 
@@ -61,6 +63,8 @@ class ControlAsyncStub(ControlStub):
     """
     Scale: _aio.UnaryUnaryMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]  # type: ignore[assignment]
     """Changes how many workers a role has; answers when the cluster is as asked."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
     Rebalance: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]  # type: ignore[assignment]
     """Plans the placement anew and carries it out; answers when its routing table is published."""
 
@@ -100,6 +104,14 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ScaleResponse, _abc.Awaitable[_control_pb2.ScaleResponse]]:
         """Changes how many workers a role has; answers when the cluster is as asked."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _control_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.SetRoleResponse, _abc.Awaitable[_control_pb2.SetRoleResponse]]:
+        """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
 
     @_abc_1.abstractmethod
     def Rebalance(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17wire/proto/expert.proto\x12\x08moray.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x81\x01\n\x05Scale\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x34\n\x0bnum_workers\x18\x02 \x03(\x0b\x32\x1f.moray.v1.Scale.NumWorkersEntry\x1a\x31\n\x0fNumWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"-\n\x0b\x42\x65\x61tRequest\x12\x1e\n\x05scale\x18\x01 \x01(\x0b\x32\x0f.moray.v1.Scale\"D\n\tLayerRows\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\x04\"X\n\nBeatReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04rows\x18\x02 \x03(\x0b\x32\x13.moray.v1.LayerRows\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\"I\n\x0eSlotAssignment\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08slot_idx\x18\x02 \x01(\r\x12\x12\n\nexpert_idx\x18\x03 \x01(\r\"R\n\x10LoadSlotsRequest\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\'\n\x05slots\x18\x02 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\"\x95\x01\n\nSlotReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1e\n\x05scale\x18\x05 \x01(\x0b\x32\x0f.moray.v1.Scale2\xb9\x01\n\x06\x45xpert\x12=\n\tLoadSlots\x12\x1a.moray.v1.LoadSlotsRequest\x1a\x14.moray.v1.SlotReport\x12;\n\x08\x44\x65scribe\x12\x19.moray.v1.DescribeRequest\x1a\x14.moray.v1.SlotReport\x12\x33\n\x04\x42\x65\x61t\x12\x15.moray.v1.BeatRequest\x1a\x14.moray.v1.BeatReportb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17wire/proto/expert.proto\x12\x08moray.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xda\x01\n\x05Scale\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x34\n\x0bnum_workers\x18\x02 \x03(\x0b\x32\x1f.moray.v1.Scale.NumWorkersEntry\x12)\n\x05roles\x18\x03 \x03(\x0b\x32\x1a.moray.v1.Scale.RolesEntry\x1a\x31\n\x0fNumWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a,\n\nRolesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x0b\x42\x65\x61tRequest\x12\x1e\n\x05scale\x18\x01 \x01(\x0b\x32\x0f.moray.v1.Scale\"D\n\tLayerRows\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\x04\"X\n\nBeatReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04rows\x18\x02 \x03(\x0b\x32\x13.moray.v1.LayerRows\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\"I\n\x0eSlotAssignment\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08slot_idx\x18\x02 \x01(\r\x12\x12\n\nexpert_idx\x18\x03 \x01(\r\"R\n\x10LoadSlotsRequest\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\'\n\x05slots\x18\x02 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\"\x95\x01\n\nSlotReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1e\n\x05scale\x18\x05 \x01(\x0b\x32\x0f.moray.v1.Scale2\xb9\x01\n\x06\x45xpert\x12=\n\tLoadSlots\x12\x1a.moray.v1.LoadSlotsRequest\x1a\x14.moray.v1.SlotReport\x12;\n\x08\x44\x65scribe\x12\x19.moray.v1.DescribeRequest\x1a\x14.moray.v1.SlotReport\x12\x33\n\x04\x42\x65\x61t\x12\x15.moray.v1.BeatRequest\x1a\x14.moray.v1.BeatReportb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCALE_NUMWORKERSENTRY']._loaded_options = None
   _globals['_SCALE_NUMWORKERSENTRY']._serialized_options = b'8\001'
+  _globals['_SCALE_ROLESENTRY']._loaded_options = None
+  _globals['_SCALE_ROLESENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIBEREQUEST']._serialized_start=37
   _globals['_DESCRIBEREQUEST']._serialized_end=54
   _globals['_SCALE']._serialized_start=57
-  _globals['_SCALE']._serialized_end=186
-  _globals['_SCALE_NUMWORKERSENTRY']._serialized_start=137
-  _globals['_SCALE_NUMWORKERSENTRY']._serialized_end=186
-  _globals['_BEATREQUEST']._serialized_start=188
-  _globals['_BEATREQUEST']._serialized_end=233
-  _globals['_LAYERROWS']._serialized_start=235
-  _globals['_LAYERROWS']._serialized_end=303
-  _globals['_BEATREPORT']._serialized_start=305
-  _globals['_BEATREPORT']._serialized_end=393
-  _globals['_SLOTASSIGNMENT']._serialized_start=395
-  _globals['_SLOTASSIGNMENT']._serialized_end=468
-  _globals['_LOADSLOTSREQUEST']._serialized_start=470
-  _globals['_LOADSLOTSREQUEST']._serialized_end=552
-  _globals['_SLOTREPORT']._serialized_start=555
-  _globals['_SLOTREPORT']._serialized_end=704
-  _globals['_EXPERT']._serialized_start=707
-  _globals['_EXPERT']._serialized_end=892
+  _globals['_SCALE']._serialized_end=275
+  _globals['_SCALE_NUMWORKERSENTRY']._serialized_start=180
+  _globals['_SCALE_NUMWORKERSENTRY']._serialized_end=229
+  _globals['_SCALE_ROLESENTRY']._serialized_start=231
+  _globals['_SCALE_ROLESENTRY']._serialized_end=275
+  _globals['_BEATREQUEST']._serialized_start=277
+  _globals['_BEATREQUEST']._serialized_end=322
+  _globals['_LAYERROWS']._serialized_start=324
+  _globals['_LAYERROWS']._serialized_end=392
+  _globals['_BEATREPORT']._serialized_start=394
+  _globals['_BEATREPORT']._serialized_end=482
+  _globals['_SLOTASSIGNMENT']._serialized_start=484
+  _globals['_SLOTASSIGNMENT']._serialized_end=557
+  _globals['_LOADSLOTSREQUEST']._serialized_start=559
+  _globals['_LOADSLOTSREQUEST']._serialized_end=641
+  _globals['_SLOTREPORT']._serialized_start=644
+  _globals['_SLOTREPORT']._serialized_end=793
+  _globals['_EXPERT']._serialized_start=796
+  _globals['_EXPERT']._serialized_end=981
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,7 @@ class Controller:
         self.error = error
         self.reports: list[control_pb2.ReportRequest] = []
         self.scaled: list[tuple[str, int]] = []
+        self.roles: dict[str, str] = {}
         self.server = ControlServer(self, metrics=self.metrics)
         self.address = ""
 
@@ -55,6 +56,10 @@ class Controller:
         if num_workers == 0:
             raise ConfigError(field=f"{role}.replicas", wanted="at least 1", given="0")
         return 7
+
+    async def set_role(self, worker_id: str, role: str) -> int:
+        self.roles[worker_id] = role
+        return 9
 
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         return Rebalanced(table_version=seed, num_moved=int(force))

@@ -257,6 +257,34 @@ def test_attention_worker_that_is_silent_or_past_mending_is_replaced(is_hopeless
     run(test())
 
 
+def test_role_is_kept_by_the_worker_and_by_a_controller_that_starts_again() -> None:
+    async def role_of_decode_0(lab: Lab) -> int:
+        watch = lab.stub.Watch(control_pb2.WatchRequest(member_id="test"))
+        shown = {member.worker_id: member.role for member in (await watch.read()).members}
+        watch.cancel()
+        return shown["decode-0"]
+
+    async def test() -> None:
+        address, launcher = f"127.0.0.1:{free_port()}", FakeLauncher()
+        values = {"decode": {"replicas": 2}}
+        async with running(values, launcher=launcher, address=address) as lab:
+            await up(lab)
+            request = control_pb2.SetRoleRequest(worker_id="decode-0", role=control_pb2.ROLE_BOTH)
+            assert (await lab.stub.SetRole(request)).snapshot_version > 0
+            assert await role_of_decode_0(lab) == control_pb2.ROLE_BOTH
+            await lab.launcher.die("decode-0")
+            await lab.until(lambda: launcher.num_starts["decode-0"] == 2)
+            await lab.until(lab.is_whole)
+            assert await role_of_decode_0(lab) == control_pb2.ROLE_BOTH
+            await lab.until(lambda: all("decode-0" in e.scale.roles for e in launcher.experts.values()))
+            await lab.crash()
+        async with running(values, launcher=launcher, address=address) as lab:
+            await up(lab)
+            assert await role_of_decode_0(lab) == control_pb2.ROLE_BOTH
+
+    run(test())
+
+
 def test_size_that_cannot_serve_is_refused_and_nothing_changes() -> None:
     async def test() -> None:
         async with running(THREE) as lab:

@@ -5,12 +5,13 @@ import pytest
 from cluster.control.members import (
     ROLE_TO_PROTO,
     MemberState,
+    check_role_change,
     count_roles,
     member_to_proto,
     plan_resize,
     role_of,
 )
-from wire.errors import ConfigError
+from wire.errors import ConfigError, InvalidRequest, MorayError
 
 
 def members(*worker_ids: str, leaving: str = "") -> list[MemberState]:
@@ -52,6 +53,44 @@ def test_none_of_a_role_only_when_others_do_its_work(
     else:
         with pytest.raises(ConfigError, match=rf"{role}\.replicas"):
             plan_resize(members(*present), role, 0)
+
+
+def in_role(worker_id: str, role: str) -> MemberState:
+    return MemberState(worker_id=worker_id, role=role_of(worker_id), assigned_role=role, is_ready=True)
+
+
+def test_worker_is_shown_in_the_role_that_it_was_given() -> None:
+    assert member_to_proto(in_role("decode-1", "prefill")).role == ROLE_TO_PROTO["prefill"]
+
+
+@pytest.mark.parametrize(
+    ("worker_id", "role", "error"),
+    [
+        ("decode-1", "prefill", None),
+        ("decode-0", "both", None),
+        ("prefill-0", "both", None),
+        ("prefill-0", "decode", ConfigError),
+        ("expert-0", "decode", InvalidRequest),
+        ("decode-7", "both", InvalidRequest),
+        ("decode-0", "router", InvalidRequest),
+    ],
+)
+def test_role_changes_while_somebody_does_the_rest(
+    worker_id: str, role: str, error: type[MorayError] | None
+) -> None:
+    present = members("expert-0", "prefill-0", "decode-0", "decode-1")
+    if error is None:
+        check_role_change(present, worker_id, role)
+    else:
+        with pytest.raises(error):
+            check_role_change(present, worker_id, role)
+
+
+def test_worker_in_another_role_counts_there_when_a_role_shrinks() -> None:
+    present = [*members("prefill-0", "decode-1"), in_role("decode-0", "prefill")]
+    with pytest.raises(ConfigError, match=r"decode\.replicas"):
+        plan_resize(present, "decode", 1)
+    assert plan_resize(present, "prefill", 0).leaving == ("prefill-0",)
 
 
 def test_none_of_a_role_that_has_none_changes_nothing() -> None:
