@@ -2,8 +2,8 @@
 
 import queue
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from cluster.client import GenerateOptions
 from wire.proto.common_pb2 import SamplingParams
@@ -113,18 +113,16 @@ def options_of(request: MixedRequest) -> GenerateOptions:
 
 def with_stops(
     requests: Iterable[MixedRequest], answers: Iterable[list[int]], *, seed: int
-) -> Iterator[MixedRequest]:
-    """The same requests, every second one stopped by a token of its own answer, which ends there."""
+) -> tuple[list[MixedRequest], list[list[int]]]:
+    """The same requests, every second one stopped by a token of its own answer, and what they then get."""
     rng = random.Random(seed)
+    stopped, cut = [], []
     for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        stops = frozenset({rng.choice(answer)}) if i % 2 else request.stop_token_ids
-        yield MixedRequest(
-            prompt=request.prompt,
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            stop_token_ids=stops,
-            cancel_after_tokens=request.cancel_after_tokens,
-        )
+        stops = request.stop_token_ids | ({rng.choice(answer)} if i % 2 else set())
+        stopped.append(replace(request, stop_token_ids=stops))
+        ends = [idx + 1 for idx, token in enumerate(answer) if token in stops]
+        cut.append(answer[: min(ends, default=len(answer))])
+    return stopped, cut
 
 
 def answers_alone(engine: Engine, requests: Iterable[MixedRequest]) -> list[list[int]]:

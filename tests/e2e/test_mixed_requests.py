@@ -27,11 +27,15 @@ from model.make import make_checkpoint
 from wire.proto import inference_pb2
 
 CONTEXT_TOKENS = 16384
-PAGES = {"num_pages": 8192, "max_step_tokens": 96}
+PAGES = {"num_pages": 8192, "max_step_tokens": 96, "max_queue_s": 600}
+COLD = {"page_tokens": 4, "host_tier_bytes": 10_000_000, "disk_tier_bytes": 100_000_000}
+FEW_PAGES = PAGES | {"num_pages": 2100, "lookahead_tokens": 4}
+"""Room for one request of 8k tokens and a few short ones."""
 ROLES: dict[str, dict[str, Any]] = {
     "apart": {"prefill": PAGES, "decode": PAGES},
     "apart-no-reuse": {"prefill": PAGES, "decode": PAGES, "kv": {"page_tokens": 4, "prefix_reuse": False}},
     "apart-drafts": {"prefill": PAGES, "decode": PAGES, "mtp": {"max_drafts": 3}},
+    "apart-few-pages-tiers": {"prefill": FEW_PAGES, "decode": FEW_PAGES, "kv": COLD},
     "both": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "both": PAGES | {"replicas": 2}},
 }
 
@@ -57,8 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_case(model: Path, *, num: int, longest_tokens: int) -> Case:
     requests = make_mixed(num, seed=20, longest_tokens=longest_tokens, eos_token_id=EOS_TOKEN_ID)
     with one_process(model, prefix_reuse=False) as engine:
-        stopped = list(with_stops(requests, answers_alone(engine, requests), seed=21))
-        return Case(stopped, answers_alone(engine, stopped))
+        return Case(*with_stops(requests, answers_alone(engine, requests), seed=21))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,14 @@ def many(model: Path) -> Case:
     return make_case(model, num=200, longest_tokens=8000)
 
 
-@pytest.fixture(scope="module", params=ROLES)
+ALWAYS = ("apart", "both")
+"""The others run in the long form only; tests/integration/workers has them, and more, within one process."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ROLES],
+)
 def cluster(request: pytest.FixtureRequest, model: Path, start: Callable[..., Running]) -> Iterator[Running]:
     running = start(ROLES[request.param] | {"model": str(model)})
     yield running
