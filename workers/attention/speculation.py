@@ -52,6 +52,8 @@ class DraftRules:
     """What a step's drafts still count for one step later."""
     prior_cost: float = 0.4
     """Time of each draft, drafting and verifying, in steps without drafts, before it was measured."""
+    least_cost: float = 0.05
+    """The same at least, whatever was measured."""
 
 
 @dataclass
@@ -163,16 +165,22 @@ class DraftPolicy:
     def _seconds(self, size: _Size, num_drafts: int) -> float:
         """The time of a step: measured, or by those with the next number of drafts that was.
 
-        Of the newest times the least counts: what else runs on a machine only adds to it.
+        Of the newest times the least counts: what else runs on a machine only adds to it. And no step is
+        quicker than one with fewer drafts: where it was, the machine was slow when those were measured.
         """
         measured = {k: min(times) for k, times in size.seconds.items()}
-        if num_drafts in measured:
-            return measured[num_drafts]
         prior = self._prior_cost(num_drafts)
         if not measured:
             return prior
         nearest = min(measured, key=lambda k: (abs(k - num_drafts), k))
-        return measured[nearest] * prior / self._prior_cost(nearest)
+        seconds = measured[nearest] * prior / self._prior_cost(nearest)
+        least_cost = self._rules.least_cost
+        floors = [
+            measured[k] * (1 + least_cost * num_drafts) / (1 + least_cost * k)
+            for k in measured
+            if k < num_drafts
+        ]
+        return max([seconds, *floors])
 
     def _prior_cost(self, num_drafts: int) -> float:
         return 1.0 + self._rules.prior_cost * num_drafts

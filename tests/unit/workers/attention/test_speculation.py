@@ -96,6 +96,25 @@ def test_drafts_that_never_stand_cost_a_twentieth_at_most(seed: int, cost: float
     assert speed_up(policy, chance=0.0, cost=cost, batch=batch, seed=seed) >= 0.95
 
 
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_machine_that_is_slow_at_times_is_not_taken_for_drafts_that_pay(seed: int, batch: int) -> None:
+    """Steps take three times as long for a while, whatever is drafted; no draft stands."""
+    rng = random.Random(seed)
+    policy = DraftPolicy(DraftRules(max_drafts=3))
+    plain = drafting = 0.0
+    factor, until = 1.0, 0
+    for step in range(600):
+        if step == until:
+            factor, until = rng.choice([1.0, 3.0]), step + rng.randint(5, 60)
+        num_drafts = policy.plan_drafts(batch)
+        seconds = factor * rng.uniform(1.0, 1.3)
+        policy.on_step(batch, num_drafts, seconds=seconds * (1 + 0.4 * num_drafts), accepted=[0] * batch)
+        plain += seconds
+        drafting += seconds * (1 + 0.4 * num_drafts)
+    assert plain / drafting >= 0.95
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 def test_text_that_becomes_predictable_is_noticed(batch: int) -> None:
     policy = DraftPolicy(DraftRules(max_drafts=1))
