@@ -278,6 +278,21 @@ async def set_role(
             raise _controller_error(error, controller_address) from None
 
 
+async def drain(controller_address: str, node: str, *, deadline_s: float) -> list[str]:
+    """Has the attention workers of a running cluster leave a node; those that did.
+
+    Raises:
+        MorayError: nothing answers there, or there is no such node.
+    """
+    async with grpc.aio.insecure_channel(controller_address, options=CHANNEL_OPTIONS) as channel:
+        stub: control_pb2_grpc.ControlAsyncStub = control_pb2_grpc.ControlStub(channel)
+        try:
+            done = await stub.Drain(control_pb2.DrainRequest(node=node), timeout=deadline_s)
+        except grpc.aio.AioRpcError as error:
+            raise _controller_error(error, controller_address) from None
+        return list(done.worker_ids)
+
+
 async def rebalance(
     controller_address: str, request: control_pb2.RebalanceRequest, *, deadline_s: float
 ) -> control_pb2.RebalanceResponse:

@@ -38,6 +38,9 @@ class ControlHandler(Protocol):
     async def set_role(self, worker_id: str, role: str) -> int:
         """Has an attention worker work in another role; the version of the snapshot that says so."""
 
+    async def drain(self, node: str) -> list[str]:
+        """Has attention workers leave a node; those that did."""
+
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         """Plans the placement anew and carries it out."""
 
@@ -127,6 +130,11 @@ class ControlServer(control_pb2_grpc.ControlServicer):
         """Has an attention worker work in another role; answers when routers are told."""
         version = await self._handler.set_role(request.worker_id, _role_name(request.role))
         return control_pb2.SetRoleResponse(snapshot_version=version)
+
+    @unary_errors
+    async def Drain(self, request: control_pb2.DrainRequest, context: Context) -> control_pb2.DrainResponse:
+        """Has attention workers leave a node; answers when they have."""
+        return control_pb2.DrainResponse(worker_ids=await self._handler.drain(request.node))
 
     @unary_errors
     async def Rebalance(

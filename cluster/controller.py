@@ -22,7 +22,7 @@ from cluster.expert_link import ExpertLink
 from cluster.launcher import Launcher
 from cluster.rollout import Rollout, cancel
 from cluster.state import ClusterState
-from wire.errors import ClientError, ModelBroken, MorayError, WorkerLost
+from wire.errors import ClientError, InvalidRequest, ModelBroken, MorayError, WorkerLost
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import control_pb2, expert_pb2
@@ -30,6 +30,7 @@ from workers.expert.types import slots_from_proto
 
 _log = logging.getLogger(__name__)
 
+_LOOK_S = 2.0
 _RECALL_S = 5.0
 """What a worker of an earlier controller gets to say how many workers there should be."""
 
@@ -92,6 +93,7 @@ class Controller:
             if member.is_leaving:
                 self._run_beside(f"retire-{member.worker_id}", self._retire(member.worker_id))
         self._run_beside("leases", self._expire_readers())
+        self._run_beside("drains", self._follow_drains())
         self._run_beside("balance", self._balancer.run())
         await self.stopped.wait()
         # The answer to the Shutdown call is still on its way.
@@ -155,6 +157,31 @@ class Controller:
         await self._rollout.follow_up(has_news=True)
         _log.info("%s works as %s", worker_id, role)
         return self._state.snapshot_version
+
+    async def drain(self, node: str) -> list[str]:
+        """Has attention workers leave a node for others, and starts nothing there any more; those that left.
+
+        Expert workers stay until the node is gone: their experts are served by copies, or loaded elsewhere.
+
+        Args:
+            node: Ray's id of it, its host name or its address.
+
+        Raises:
+            InvalidRequest: no such node is alive.
+        """
+        node_ids = await self._launcher.cordon(node)
+        leaving = [
+            member
+            for member in self._state.members()
+            if member.role in ATTENTION_ROLES and member.node and member.node.node_id in node_ids
+        ]
+        names = [member.worker_id for member in leaving if member.address]
+        _log.info("node %s is drained: %s leave it", node, names or "no attention workers")
+        grace_s = self._config.controller.retire_s
+        await asyncio.gather(
+            *(self._launcher.stop(m.worker_id, grace_s=grace_s + self._drain_s(m.role)) for m in leaving)
+        )
+        return names
 
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         """Plans the placement anew and carries it out; see Balancer.rebalance."""
@@ -364,6 +391,21 @@ class Controller:
             if silent:
                 _log.warning("no report from %s; not waiting for them with old tables", ", ".join(silent))
                 await self._rollout.follow_up()
+
+    async def _follow_drains(self) -> None:
+        """Drains the nodes that Ray drains (`ray drain-node`, an autoscaler, a preempted machine)."""
+        known: set[str] = set()
+        while True:
+            draining = await self._launcher.draining_nodes()
+            for node_id in sorted(draining - known):
+                self._run_beside(f"drain-{node_id}", self._drain_quietly(node_id))
+            known = draining
+            await asyncio.sleep(_LOOK_S)
+
+    async def _drain_quietly(self, node_id: str) -> None:
+        with contextlib.suppress(InvalidRequest):
+            # It may be gone already.
+            await self.drain(node_id)
 
     def _has_size(self, role: str, num_workers: int) -> bool:
         """Whether a role has its members, all of them at work, or has been given another size since."""

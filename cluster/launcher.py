@@ -11,13 +11,16 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.util
+
+# Ray's public interface does not say which nodes are about to go.
+from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.actors import StartReport, StartSpec, actor_class, find_actor
 from cluster.config import MorayConfig
 from cluster.homes import Home, Needs, NodeCapacity, plan_home
 from cluster.topology.types import NodeTopology, RayNode, TopologyReader
-from wire.errors import MorayError, NotReady, WorkerLost
+from wire.errors import InvalidRequest, MorayError, NotReady, WorkerLost
 
 _MEMBER_NAME = re.compile(r"(expert|prefill|decode|both|router)-[0-9]+")
 _NAME_S = 10.0
@@ -40,6 +43,8 @@ class Launcher:
         """Worker id -> node and process."""
         self._killed: set[str] = set()
         """Ids of actors that were killed; Ray may name one a little longer."""
+        self._cordoned: set[str] = set()
+        """Ids of nodes on which nothing is started any more."""
         self._planning = asyncio.Lock()
 
     async def launch(self, worker_id: str, role: str) -> tuple[StartReport, NodeTopology]:
@@ -100,6 +105,27 @@ class Launcher:
                 await asyncio.wait_for(self._call(worker_id, actor.stop.remote()), grace_s)
         await self.kill(worker_id)
 
+    async def cordon(self, node: str) -> set[str]:
+        """Starts nothing on a node from now on; the ids of what is meant.
+
+        Args:
+            node: Ray's id, a host name or an address.
+
+        Raises:
+            InvalidRequest: no such node is alive.
+        """
+        topologies = [capacity.topology for capacity in await self._nodes()]
+        found = {t.node_id for t in topologies if node in (t.node_id, t.host, t.address)}
+        if not found:
+            known = ", ".join(f"{t.host} ({t.address})" for t in topologies)
+            raise InvalidRequest(f"node: wanted one of {known}; got {node!r}", field="node")
+        self._cordoned |= found
+        return found
+
+    async def draining_nodes(self) -> set[str]:
+        """Ids of the nodes that Ray is about to take away."""
+        return set(await asyncio.to_thread(ray_state.get_draining_nodes))
+
     async def _call(self, worker_id: str, reference: Any) -> Any:
         try:
             return await reference
@@ -125,7 +151,7 @@ class Launcher:
 
     async def _create(self, worker_id: str, role: str) -> Any:
         needs = self._needs(role)
-        nodes = await self._nodes()
+        nodes = [node for node in await self._nodes() if node.topology.node_id not in self._cordoned]
         if role == "router":
             nodes = [node for node in nodes if node.topology.node_id == self._head_node_id]
         node = plan_home(needs, nodes, list(self._homes.values()))

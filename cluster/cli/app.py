@@ -12,6 +12,7 @@ from cluster.cli import (
     bench,
     chat,
     checkpoint,
+    drain,
     generate,
     logits,
     role,
@@ -35,6 +36,7 @@ app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
 app.command("scale")(scale.scale)
+app.command("drain")(drain.drain)
 app.command("role")(role.role)
 app.command("rebalance")(scale.rebalance)
 app.command("generate")(generate.generate)

@@ -113,6 +113,7 @@ def test_wrong_value_is_refused_by_name(setting, named, render):
         (["config.model=/models/x"], "no volume holds it"),
         (["weights.type=existingClaim"], "weights.claimName"),
         (["weights.type=hostPath"], "weights.hostPath"),
+        (["config.decode.drain_s=50"], "groups.decode.terminationGracePeriodSeconds must be at least 65"),
         (["config.router.drain_s=120"], "router.terminationGracePeriodSeconds must be at least 130"),
         (["config.both.replicas=1"], "groups.both.pods is 0"),
         (["config.decode.node_selector.moray\\.io/group=gpu"], "config.decode.node_selector"),

@@ -161,6 +161,23 @@ def test_controller_port_is_the_same_everywhere(result, pods_of):
     assert {p["name"]: p["port"] for p in head["spec"]["ports"]}["controller"] == port
 
 
+def test_pods_of_attention_workers_drain_before_ray_stops(result, pods_of):
+    config = yaml.safe_load(result.of_kind("ConfigMap")[0]["data"]["config.yaml"])
+    hooks = {}
+    for name, container in containers(pods_of(result.objects)):
+        if container["name"] == "ray-worker":
+            hooks[name] = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
+    assert hooks
+    for name, command in hooks.items():
+        if "expert" in name:
+            assert command == []
+        else:
+            assert f':{config["controller"]["port"]}"' in command[-1]
+            assert command[-1].startswith('moray drain "$MORAY_POD_IP" --controller ')
+            known = {name for option in COMMANDS["drain"].params for name in option.opts}
+            assert set(re.findall(r"--[a-z-]+", command[-1])) <= known
+
+
 def test_head_service_answers_before_the_head_is_ready(result):
     head = next(s for s in result.of_kind("Service") if s["metadata"]["name"].endswith("-head"))
     assert head["spec"]["publishNotReadyAddresses"] is True

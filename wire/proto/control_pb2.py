@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18wire/proto/control.proto\x12\x08moray.v1\"a\n\rReportRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\x0f\n\x07trouble\x18\x03 \x01(\t\x12\x15\n\rneeds_restart\x18\x04 \x01(\x08\"\x10\n\x0eReportResponse\"A\n\x0cScaleRequest\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.moray.v1.Role\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r\"&\n\rScaleResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\"A\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.moray.v1.Role\"+\n\x0fSetRoleResponse\x12\x18\n\x10snapshot_version\x18\x01 \x01(\x04\"/\n\x10RebalanceRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"=\n\x11RebalanceResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\x11\n\tnum_moved\x18\x02 \x01(\r\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"!\n\x0cWatchRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\x9a\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0cvocab_tokens\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x62os_token_id\x18\x06 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x07 \x01(\r\"Z\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0c\n\x04zone\x18\x03 \x01(\t\x12\x0c\n\x04rack\x18\x04 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\"\xd3\x01\n\x06Member\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.moray.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12 \n\x04node\x18\x05 \x01(\x0b\x32\x12.moray.v1.NodeInfo\x12\x13\n\x0bincarnation\x18\x06 \x01(\r\x12\x10\n\x08is_ready\x18\x07 \x01(\x08\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nis_leaving\x18\t \x01(\x08\"i\n\x0bLayerRoutes\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x12\n\nworker_idx\x18\x03 \x03(\r\x12\x10\n\x08slot_idx\x18\x04 \x03(\r\x12\r\n\x05share\x18\x05 \x03(\x02\"o\n\x0cRoutingTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x12\n\nworker_ids\x18\x03 \x03(\t\x12%\n\x06layers\x18\x04 \x03(\x0b\x32\x15.moray.v1.LayerRoutes\"\xe5\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.moray.v1.ModelInfo\x12!\n\x07members\x18\x03 \x03(\x0b\x32\x10.moray.v1.Member\x12%\n\x05table\x18\x04 \x01(\x0b\x32\x16.moray.v1.RoutingTable\x12\x13\n\x0bwaiting_for\x18\x05 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctable_unix_s\x18\x07 \x01(\x01\x12\x13\n\x0bnum_loading\x18\x08 \x01(\r*\x85\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_ROUTER\x10\x01\x12\x13\n\x0fROLE_CONTROLLER\x10\x02\x12\x0f\n\x0bROLE_EXPERT\x10\x03\x12\x10\n\x0cROLE_PREFILL\x10\x04\x12\x0f\n\x0bROLE_DECODE\x10\x05\x12\r\n\tROLE_BOTH\x10\x06\x32\x87\x03\n\x07\x43ontrol\x12<\n\x05Watch\x12\x16.moray.v1.WatchRequest\x1a\x19.moray.v1.ClusterSnapshot0\x01\x12\x41\n\x08Shutdown\x12\x19.moray.v1.ShutdownRequest\x1a\x1a.moray.v1.ShutdownResponse\x12;\n\x06Report\x12\x17.moray.v1.ReportRequest\x1a\x18.moray.v1.ReportResponse\x12\x38\n\x05Scale\x12\x16.moray.v1.ScaleRequest\x1a\x17.moray.v1.ScaleResponse\x12>\n\x07SetRole\x12\x18.moray.v1.SetRoleRequest\x1a\x19.moray.v1.SetRoleResponse\x12\x44\n\tRebalance\x12\x1a.moray.v1.RebalanceRequest\x1a\x1b.moray.v1.RebalanceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18wire/proto/control.proto\x12\x08moray.v1\"a\n\rReportRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\x0f\n\x07trouble\x18\x03 \x01(\t\x12\x15\n\rneeds_restart\x18\x04 \x01(\x08\"\x10\n\x0eReportResponse\"A\n\x0cScaleRequest\x12\x1c\n\x04role\x18\x01 \x01(\x0e\x32\x0e.moray.v1.Role\x12\x13\n\x0bnum_workers\x18\x02 \x01(\r\"&\n\rScaleResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\"A\n\x0eSetRoleRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.moray.v1.Role\"+\n\x0fSetRoleResponse\x12\x18\n\x10snapshot_version\x18\x01 \x01(\x04\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"#\n\rDrainResponse\x12\x12\n\nworker_ids\x18\x01 \x03(\t\"/\n\x10RebalanceRequest\x12\r\n\x05\x66orce\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\"=\n\x11RebalanceResponse\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\x11\n\tnum_moved\x18\x02 \x01(\r\"\x11\n\x0fShutdownRequest\"\x12\n\x10ShutdownResponse\"!\n\x0cWatchRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\x9a\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x14\n\x0cvocab_tokens\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x62os_token_id\x18\x06 \x01(\r\x12\x14\n\x0c\x65os_token_id\x18\x07 \x01(\r\"Z\n\x08NodeInfo\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0c\n\x04zone\x18\x03 \x01(\t\x12\x0c\n\x04rack\x18\x04 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x05 \x01(\t\"\xd3\x01\n\x06Member\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x1c\n\x04role\x18\x02 \x01(\x0e\x32\x0e.moray.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12 \n\x04node\x18\x05 \x01(\x0b\x32\x12.moray.v1.NodeInfo\x12\x13\n\x0bincarnation\x18\x06 \x01(\r\x12\x10\n\x08is_ready\x18\x07 \x01(\x08\x12\x11\n\tnum_pages\x18\x08 \x01(\r\x12\x12\n\nis_leaving\x18\t \x01(\x08\"i\n\x0bLayerRoutes\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x12\n\nworker_idx\x18\x03 \x03(\r\x12\x10\n\x08slot_idx\x18\x04 \x03(\r\x12\r\n\x05share\x18\x05 \x03(\x02\"o\n\x0cRoutingTable\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x13\n\x0bnum_experts\x18\x02 \x01(\r\x12\x12\n\nworker_ids\x18\x03 \x03(\t\x12%\n\x06layers\x18\x04 \x03(\x0b\x32\x15.moray.v1.LayerRoutes\"\xe5\x01\n\x0f\x43lusterSnapshot\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\"\n\x05model\x18\x02 \x01(\x0b\x32\x13.moray.v1.ModelInfo\x12!\n\x07members\x18\x03 \x03(\x0b\x32\x10.moray.v1.Member\x12%\n\x05table\x18\x04 \x01(\x0b\x32\x16.moray.v1.RoutingTable\x12\x13\n\x0bwaiting_for\x18\x05 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x06 \x01(\r\x12\x14\n\x0ctable_unix_s\x18\x07 \x01(\x01\x12\x13\n\x0bnum_loading\x18\x08 \x01(\r*\x85\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_ROUTER\x10\x01\x12\x13\n\x0fROLE_CONTROLLER\x10\x02\x12\x0f\n\x0bROLE_EXPERT\x10\x03\x12\x10\n\x0cROLE_PREFILL\x10\x04\x12\x0f\n\x0bROLE_DECODE\x10\x05\x12\r\n\tROLE_BOTH\x10\x06\x32\xc1\x03\n\x07\x43ontrol\x12<\n\x05Watch\x12\x16.moray.v1.WatchRequest\x1a\x19.moray.v1.ClusterSnapshot0\x01\x12\x41\n\x08Shutdown\x12\x19.moray.v1.ShutdownRequest\x1a\x1a.moray.v1.ShutdownResponse\x12;\n\x06Report\x12\x17.moray.v1.ReportRequest\x1a\x18.moray.v1.ReportResponse\x12\x38\n\x05Scale\x12\x16.moray.v1.ScaleRequest\x1a\x17.moray.v1.ScaleResponse\x12>\n\x07SetRole\x12\x18.moray.v1.SetRoleRequest\x1a\x19.moray.v1.SetRoleResponse\x12\x38\n\x05\x44rain\x12\x16.moray.v1.DrainRequest\x1a\x17.moray.v1.DrainResponse\x12\x44\n\tRebalance\x12\x1a.moray.v1.RebalanceRequest\x1a\x1b.moray.v1.RebalanceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1476
-  _globals['_ROLE']._serialized_end=1609
+  _globals['_ROLE']._serialized_start=1543
+  _globals['_ROLE']._serialized_end=1676
   _globals['_REPORTREQUEST']._serialized_start=38
   _globals['_REPORTREQUEST']._serialized_end=135
   _globals['_REPORTRESPONSE']._serialized_start=137
@@ -45,28 +45,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETROLEREQUEST']._serialized_end=327
   _globals['_SETROLERESPONSE']._serialized_start=329
   _globals['_SETROLERESPONSE']._serialized_end=372
-  _globals['_REBALANCEREQUEST']._serialized_start=374
-  _globals['_REBALANCEREQUEST']._serialized_end=421
-  _globals['_REBALANCERESPONSE']._serialized_start=423
-  _globals['_REBALANCERESPONSE']._serialized_end=484
-  _globals['_SHUTDOWNREQUEST']._serialized_start=486
-  _globals['_SHUTDOWNREQUEST']._serialized_end=503
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=505
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=523
-  _globals['_WATCHREQUEST']._serialized_start=525
-  _globals['_WATCHREQUEST']._serialized_end=558
-  _globals['_MODELINFO']._serialized_start=561
-  _globals['_MODELINFO']._serialized_end=715
-  _globals['_NODEINFO']._serialized_start=717
-  _globals['_NODEINFO']._serialized_end=807
-  _globals['_MEMBER']._serialized_start=810
-  _globals['_MEMBER']._serialized_end=1021
-  _globals['_LAYERROUTES']._serialized_start=1023
-  _globals['_LAYERROUTES']._serialized_end=1128
-  _globals['_ROUTINGTABLE']._serialized_start=1130
-  _globals['_ROUTINGTABLE']._serialized_end=1241
-  _globals['_CLUSTERSNAPSHOT']._serialized_start=1244
-  _globals['_CLUSTERSNAPSHOT']._serialized_end=1473
-  _globals['_CONTROL']._serialized_start=1612
-  _globals['_CONTROL']._serialized_end=2003
+  _globals['_DRAINREQUEST']._serialized_start=374
+  _globals['_DRAINREQUEST']._serialized_end=402
+  _globals['_DRAINRESPONSE']._serialized_start=404
+  _globals['_DRAINRESPONSE']._serialized_end=439
+  _globals['_REBALANCEREQUEST']._serialized_start=441
+  _globals['_REBALANCEREQUEST']._serialized_end=488
+  _globals['_REBALANCERESPONSE']._serialized_start=490
+  _globals['_REBALANCERESPONSE']._serialized_end=551
+  _globals['_SHUTDOWNREQUEST']._serialized_start=553
+  _globals['_SHUTDOWNREQUEST']._serialized_end=570
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=572
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=590
+  _globals['_WATCHREQUEST']._serialized_start=592
+  _globals['_WATCHREQUEST']._serialized_end=625
+  _globals['_MODELINFO']._serialized_start=628
+  _globals['_MODELINFO']._serialized_end=782
+  _globals['_NODEINFO']._serialized_start=784
+  _globals['_NODEINFO']._serialized_end=874
+  _globals['_MEMBER']._serialized_start=877
+  _globals['_MEMBER']._serialized_end=1088
+  _globals['_LAYERROUTES']._serialized_start=1090
+  _globals['_LAYERROUTES']._serialized_end=1195
+  _globals['_ROUTINGTABLE']._serialized_start=1197
+  _globals['_ROUTINGTABLE']._serialized_end=1308
+  _globals['_CLUSTERSNAPSHOT']._serialized_start=1311
+  _globals['_CLUSTERSNAPSHOT']._serialized_end=1540
+  _globals['_CONTROL']._serialized_start=1679
+  _globals['_CONTROL']._serialized_end=2128
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,11 @@ class ControlStub:
                 request_serializer=wire_dot_proto_dot_control__pb2.SetRoleRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_control__pb2.SetRoleResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/moray.v1.Control/Drain',
+                request_serializer=wire_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
         self.Rebalance = channel.unary_unary(
                 '/moray.v1.Control/Rebalance',
                 request_serializer=wire_dot_proto_dot_control__pb2.RebalanceRequest.SerializeToString,
@@ -107,6 +112,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Attention workers on a node take nothing new, finish or hand over what runs, and move to other nodes; nothing is
+        started on the node any more. Answers when the last of them has left it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Rebalance(self, request, context):
         """Plans the placement anew and carries it out; answers when its routing table is published.
         """
@@ -141,6 +154,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.SetRole,
                     request_deserializer=wire_dot_proto_dot_control__pb2.SetRoleRequest.FromString,
                     response_serializer=wire_dot_proto_dot_control__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=wire_dot_proto_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_control__pb2.DrainResponse.SerializeToString,
             ),
             'Rebalance': grpc.unary_unary_rpc_method_handler(
                     servicer.Rebalance,
@@ -284,6 +302,33 @@ class Control:
             '/moray.v1.Control/SetRole',
             wire_dot_proto_dot_control__pb2.SetRoleRequest.SerializeToString,
             wire_dot_proto_dot_control__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Control/Drain',
+            wire_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
+            wire_dot_proto_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

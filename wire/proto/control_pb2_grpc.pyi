@@ -45,6 +45,10 @@ class ControlStub:
     """Changes how many workers a role has; answers when the cluster is as asked."""
     SetRole: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.SetRoleResponse]
     """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Attention workers on a node take nothing new, finish or hand over what runs, and move to other nodes; nothing is
+    started on the node any more. Answers when the last of them has left it.
+    """
     Rebalance: _grpc.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]
     """Plans the placement anew and carries it out; answers when its routing table is published."""
 
@@ -65,6 +69,10 @@ class ControlAsyncStub(ControlStub):
     """Changes how many workers a role has; answers when the cluster is as asked."""
     SetRole: _aio.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.SetRoleResponse]  # type: ignore[assignment]
     """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Attention workers on a node take nothing new, finish or hand over what runs, and move to other nodes; nothing is
+    started on the node any more. Answers when the last of them has left it.
+    """
     Rebalance: _aio.UnaryUnaryMultiCallable[_control_pb2.RebalanceRequest, _control_pb2.RebalanceResponse]  # type: ignore[assignment]
     """Plans the placement anew and carries it out; answers when its routing table is published."""
 
@@ -112,6 +120,16 @@ class ControlServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.SetRoleResponse, _abc.Awaitable[_control_pb2.SetRoleResponse]]:
         """Has an attention worker work in another role; what runs on it finishes. Answers when routers are told."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
+        """Attention workers on a node take nothing new, finish or hand over what runs, and move to other nodes; nothing is
+        started on the node any more. Answers when the last of them has left it.
+        """
 
     @_abc_1.abstractmethod
     def Rebalance(

@@ -168,6 +168,12 @@ policy/v1beta1
 {{- if lt (int .Values.router.terminationGracePeriodSeconds) (int (add $leaving 5)) -}}
 {{- fail (printf "router.terminationGracePeriodSeconds must be at least %d: router.preStopSeconds + config.router.drain_s + 5" (add $leaving 5)) -}}
 {{- end -}}
+{{- range $group := list "prefill" "decode" "both" -}}
+{{- $least := add (int (ceil (index $config $group).drain_s)) 15 -}}
+{{- if lt (int (index $.Values.groups $group).terminationGracePeriodSeconds) (int $least) -}}
+{{- fail (printf "groups.%s.terminationGracePeriodSeconds must be at least %d: config.%s.drain_s + 15" $group $least $group) -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq .Values.weights.type "existingClaim") (not .Values.weights.claimName) -}}
 {{- fail "weights.type is existingClaim: weights.claimName must name the claim" -}}
 {{- end -}}

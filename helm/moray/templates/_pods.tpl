@@ -339,6 +339,18 @@ containers:
     ports:
       {{- include "moray.rayPorts" (list $root $group) | trim | nindent 6 }}
     {{- include "moray.rayProbes" $root | nindent 4 }}
+    {{- if ne $group "expert" }}
+    lifecycle:
+      preStop:
+        exec:
+          # Requests finish or go on elsewhere before Ray is told to stop; a controller that is away drains nobody.
+          command:
+            - /bin/bash
+            - -c
+            - >-
+              moray drain "$MORAY_POD_IP" --controller "{{ $head }}:{{ $root.Values.config.controller.port }}"
+              --deadline-s {{ sub (int $values.terminationGracePeriodSeconds) 15 }} || true
+    {{- end }}
     securityContext:
       {{- include "moray.containerSecurity" $root | nindent 6 }}
     {{- include "moray.resources" $values.resources | nindent 4 }}

@@ -18,7 +18,7 @@ from cluster.placement import ExpertShape
 from cluster.state import ClusterState
 from cluster.topology.types import NodeTopology
 from router.experts.table import table_from_proto
-from wire.errors import NotReady, WorkerLost
+from wire.errors import InvalidRequest, NotReady, WorkerLost
 from wire.metrics import Metrics
 from wire.proto import control_pb2, control_pb2_grpc, expert_pb2, expert_pb2_grpc
 from wire.rpc import CHANNEL_OPTIONS, SERVER_OPTIONS
@@ -135,6 +135,9 @@ class FakeLauncher:
     room: int = 99
     """Processes that find a node."""
     silent_ids: set[str] = field(default_factory=set)
+    cordoned: list[str] = field(default_factory=list)
+    draining: list[str] = field(default_factory=list)
+    """Nodes that Ray drains."""
     _ends: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     _reports: dict[str, StartReport] = field(default_factory=dict)
 
@@ -154,6 +157,15 @@ class FakeLauncher:
                 address=address, metrics_address="", node_id="n", pid=1, started_s=self.num_starts[worker_id]
             )
         return self._reports[worker_id], NODE
+
+    async def cordon(self, node: str) -> set[str]:
+        if node not in (NODE.node_id, NODE.host, NODE.address):
+            raise InvalidRequest(f"node: got {node}", field="node")
+        self.cordoned.append(node)
+        return {NODE.node_id}
+
+    async def draining_nodes(self) -> set[str]:
+        return set(self.draining)
 
     def running(self) -> list[str]:
         return sorted(self._reports)

@@ -61,6 +61,9 @@ class Controller:
         self.roles[worker_id] = role
         return 9
 
+    async def drain(self, node: str) -> list[str]:
+        return [f"decode-0 of {node}"]
+
     async def rebalance(self, *, force: bool, seed: int) -> Rebalanced:
         return Rebalanced(table_version=seed, num_moved=int(force))
 

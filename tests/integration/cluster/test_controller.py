@@ -285,6 +285,35 @@ def test_role_is_kept_by_the_worker_and_by_a_controller_that_starts_again() -> N
     run(test())
 
 
+@pytest.mark.parametrize("is_asked", [True, False], ids=["asked", "by-ray"])
+def test_attention_workers_leave_a_node_that_is_drained_and_start_again(is_asked: bool) -> None:
+    async def test() -> None:
+        async with running(THREE) as lab:
+            await up(lab)
+            if is_asked:
+                done = await lab.stub.Drain(control_pb2.DrainRequest(node="h"))
+                assert done.worker_ids == ["decode-0"]
+            else:
+                lab.launcher.draining.append("n")
+            await lab.until(lambda: lab.launcher.num_starts["decode-0"] == 2)
+            await lab.until(lab.is_whole)
+            assert lab.launcher.cordoned == ["h" if is_asked else "n"]
+            assert lab.launcher.num_starts["expert-0"] == 1
+
+    run(test())
+
+
+def test_node_that_is_not_there_cannot_be_drained() -> None:
+    async def test() -> None:
+        async with running(THREE) as lab:
+            await up(lab)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await lab.stub.Drain(control_pb2.DrainRequest(node="elsewhere"))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(test())
+
+
 def test_size_that_cannot_serve_is_refused_and_nothing_changes() -> None:
     async def test() -> None:
         async with running(THREE) as lab:

@@ -13,7 +13,7 @@ from cluster.cli import app as command_line
 from tests.reference_data import checkpoint_dir
 
 COMMANDS = (
-    *("up", "down", "status", "scale", "role", "rebalance", "generate", "chat"),
+    *("up", "down", "status", "scale", "role", "drain", "rebalance", "generate", "chat"),
     *("logits", "router", "bench", "checkpoint", "template"),
 )
 Moray = Callable[..., tuple[int, str]]
@@ -80,6 +80,7 @@ def test_command_is_installed_and_lists_every_command() -> None:
         (["scale", "--experts", "3"], 1, "no cluster is noted"),
         (["scale", "--experts", "3", "--controller", "unix:/no/such.sock"], 1, "no controller answers at"),
         (["role", "decode-1", "both"], 1, "no cluster is noted"),
+        (["drain", "10.0.0.1"], 1, "no cluster is noted"),
         (["scale"], 2, "--experts, --prefill or --decode"),
         (
             ["rebalance", "--controller", "unix:/no/such.sock"],
