@@ -27,7 +27,10 @@ from model.make import make_checkpoint
 from wire.proto import inference_pb2
 
 CONTEXT_TOKENS = 16384
-PAGES = {"num_pages": 8192, "max_step_tokens": 96, "max_queue_s": 600}
+PATIENCE_S = 100_000.0
+"""Nobody is refused: a worker that has just begun guesses long waits."""
+PAGES = {"num_pages": 8192, "max_step_tokens": 96, "max_queue_s": PATIENCE_S}
+ROUTER = {"grpc_port": 0, "http_port": 0, "max_wait_s": PATIENCE_S}
 COLD = {"page_tokens": 4, "host_tier_bytes": 10_000_000, "disk_tier_bytes": 100_000_000}
 FEW_PAGES = PAGES | {"num_pages": 2100, "lookahead_tokens": 4}
 """Room for one request of 8k tokens and a few short ones."""
@@ -83,7 +86,7 @@ ALWAYS = ("apart", "both")
     params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ROLES],
 )
 def cluster(request: pytest.FixtureRequest, model: Path, start: Callable[..., Running]) -> Iterator[Running]:
-    running = start(ROLES[request.param] | {"model": str(model)})
+    running = start(ROLES[request.param] | {"model": str(model), "router": ROUTER})
     yield running
     end(running.process)
 
