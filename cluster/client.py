@@ -177,7 +177,8 @@ class InferenceClient:
 
     async def _cancel(self, request_id: str) -> None:
         # Where this does not arrive, the router ends the request itself when its grace time is over.
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        # UsageError: the channel is closed.
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
             await self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id), timeout=_CANCEL_S)
 
     async def answer(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[Answer]:

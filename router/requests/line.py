@@ -19,6 +19,8 @@ from wire.errors import DeadlinePassed, InternalError, MorayError, Overloaded
 _KEPT_SHARE = 0.95
 """Of the memory of the pace, with each request that leaves the line."""
 _MIN_RETRY_S = 1.0
+_FEWEST_MOVED = 4
+"""Requests that must have been let in from the line before their pace says anything: workers begin cold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ class Line:
         self._last_s = 0.0
         self._seconds = 0.0
         self._pages_moved = 0.0
+        self._num_moved = 0
 
     @property
     def num_waiting(self) -> int:
@@ -127,6 +130,7 @@ class Line:
             admitted.append(first)
             self._seconds = self._seconds * _KEPT_SHARE + now_s - self._last_s
             self._pages_moved = self._pages_moved * _KEPT_SHARE + first.num_pages
+            self._num_moved += 1
             self._last_s = now_s
         self._forget_pace()
         return admitted
@@ -162,7 +166,7 @@ class Line:
         return (-ticket.priority, self._held_by_tenant.get(ticket.tenant, 0), ticket.ticket_id)
 
     def _wait_s(self, ticket: Ticket) -> float:
-        if not self._pages_moved:
+        if self._num_moved < _FEWEST_MOVED or not self._pages_moved:
             return 0.0
         ahead = [other.num_pages for other in self._waiting.values() if other.priority >= ticket.priority]
         return (sum(ahead) + ticket.num_pages) * self._seconds / self._pages_moved
@@ -219,3 +223,4 @@ class Line:
     def _forget_pace(self) -> None:
         if not self._waiting:
             self._seconds = self._pages_moved = 0.0
+            self._num_moved = 0

@@ -12,6 +12,8 @@ from wire.errors import Overloaded
 _KEPT_SHARE = 0.95
 """Of the memory of the pace, with each request that leaves the queue."""
 _MIN_RETRY_S = 1.0
+_FEWEST_SERVED = 4
+"""Requests that must have left the queue before their pace says anything: an engine begins cold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +38,12 @@ class Gate:
         """When the queue moved last, or began."""
         self._seconds = 0.0
         self._tokens_moved = 0.0
+        self._num_served = 0
 
     def enter(self, num_tokens: int, *, now_s: float) -> Overloaded | None:
         """The refusal of one more request of so many tokens; None = it is in the queue."""
         with self._lock:
-            wait_s = self._num_tokens * self._seconds / self._tokens_moved if self._tokens_moved else 0.0
+            wait_s = self._wait_s()
             if self._num_requests >= self._limits.max_requests or wait_s > self._limits.max_wait_s:
                 return self._refusal(wait_s)
             if not self._num_requests:
@@ -57,14 +60,21 @@ class Gate:
             if is_served:
                 self._seconds = self._seconds * _KEPT_SHARE + now_s - self._last_s
                 self._tokens_moved = self._tokens_moved * _KEPT_SHARE + num_tokens
+                self._num_served += 1
                 self._last_s = now_s
             if not self._num_requests:
                 self._seconds = self._tokens_moved = 0.0
+                self._num_served = 0
 
     def is_empty(self) -> bool:
         """Whether nothing waits."""
         with self._lock:
             return self._num_requests == self._num_tokens == 0
+
+    def _wait_s(self) -> float:
+        if self._num_served < _FEWEST_SERVED or not self._tokens_moved:
+            return 0.0
+        return self._num_tokens * self._seconds / self._tokens_moved
 
     def _refusal(self, wait_s: float) -> Overloaded:
         limits = self._limits

@@ -99,21 +99,34 @@ def test_full_line_refuses_with_a_delay(max_requests):
 
 
 def moving_desk():
-    """A desk whose line moves 10 pages in 4 s."""
+    """A desk whose line moves 10 pages in 4 s, and did so four times; three wait."""
     desk = full_desk()
-    waiting = [desk.wait() for _ in range(4)]
-    desk.now_s = 4.0
-    desk.line.leave(desk.first)
-    assert desk.admit() == waiting[:1]
+    holder, *waiting = desk.first, *(desk.wait() for _ in range(7))
+    for next_one in waiting[:4]:
+        desk.now_s += 4.0
+        desk.line.leave(holder)
+        assert desk.admit() == [next_one]
+        holder = next_one
     return desk
 
 
 def test_wait_is_known_from_how_the_line_moved():
     desk = moving_desk()
-    desk.wait(end_s=20.1)
-    refused = desk.refusal(end_s=23.9)
+    desk.wait(end_s=32.1)
+    refused = desk.refusal(end_s=35.9)
     assert (refused.reason, type(refused.error)) == ("deadline", DeadlinePassed)
     assert "about 20.0 s" in refused.error.message
+
+
+def test_slow_first_ones_tell_nothing_yet():
+    desk = full_desk()
+    holder, *waiting = desk.first, *(desk.wait() for _ in range(5))
+    for next_one in waiting[:3]:
+        desk.now_s += 1000.0
+        desk.line.leave(holder)
+        assert desk.admit() == [next_one]
+        holder = next_one
+        desk.wait()
 
 
 def test_too_long_a_wait_is_refused_and_higher_priority_waits_less():

@@ -28,17 +28,26 @@ def test_full_queue_refuses_until_one_has_left() -> None:
     assert gate.enter(10, now_s=1.0) is None
 
 
-@pytest.mark.parametrize(("num_waiting", "is_refused"), [(20, False), (21, True)])
+@pytest.mark.parametrize(("num_waiting", "is_refused"), [(19, False), (21, True)])
 def test_wait_is_told_from_how_the_queue_moved(num_waiting: int, is_refused: bool) -> None:
-    """Ten tokens left in 0.5 s: 200 tokens last 10 s, 210 longer than the limit."""
+    """Four times ten tokens left in 0.5 s each: 190 tokens last 9.5 s, 210 longer than the limit."""
     gate = make_gate()
-    entered(gate, num_waiting + 1)
-    gate.leave(10, now_s=0.5, is_served=True)
-    refusal = gate.enter(10, now_s=0.5)
+    entered(gate, num_waiting + 4)
+    for i in range(4):
+        gate.leave(10, now_s=0.5 * (i + 1), is_served=True)
+    refusal = gate.enter(10, now_s=2.0)
     assert (refusal is not None) == is_refused
     if refusal:
         assert refusal.retry_after_s == 10.0
         assert "about 10.5 s" in refusal.message
+
+
+def test_a_slow_first_one_tells_nothing_yet() -> None:
+    gate = make_gate()
+    entered(gate, 30)
+    for i in range(3):
+        gate.leave(1, now_s=50.0 * i, is_served=True)
+        assert gate.enter(10, now_s=50.0 * i) is None
 
 
 def test_who_gives_up_tells_nothing_of_the_pace() -> None:
