@@ -168,7 +168,19 @@ def free_port() -> int:
 
 
 def start_ray_head(shell: Shell, *, zone: str = "", host: str = "127.0.0.1") -> RayHead:
-    """A Ray head on free ports of an address, with a folder of its own: Ray's socket paths must be short."""
+    """A Ray head on free ports of an address; tried again once: a port that was free may be taken by then."""
+    head = _begin_ray_head(shell, zone=zone, host=host)
+    try:
+        wait_until(lambda: answers(f"{head.dashboard}/api/version"), what="Ray's dashboard")
+    except AssertionError:
+        end(head.process)
+        head = _begin_ray_head(shell, zone=zone, host=host)
+        wait_until(lambda: answers(f"{head.dashboard}/api/version"), what="Ray's dashboard")
+    return head
+
+
+def _begin_ray_head(shell: Shell, *, zone: str, host: str) -> RayHead:
+    """Starts it, with a folder of its own: Ray's socket paths must be short."""
     gcs_port, dashboard_port, agent_port = free_port(), free_port(), free_port()
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     command = [
@@ -195,9 +207,7 @@ def start_ray_head(shell: Shell, *, zone: str = "", host: str = "127.0.0.1") -> 
         text=True,
         start_new_session=True,
     )
-    head = RayHead(shell, process, f"{host}:{gcs_port}", f"http://127.0.0.1:{dashboard_port}")
-    wait_until(lambda: answers(f"{head.dashboard}/api/version"), what="Ray's dashboard")
-    return head
+    return RayHead(shell, process, f"{host}:{gcs_port}", f"http://127.0.0.1:{dashboard_port}")
 
 
 def start_ray_node(
