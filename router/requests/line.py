@@ -5,8 +5,8 @@ into what the decode workers have (times an overcommitment: few requests grow as
 hand pages out as they are needed). Those who do not fit wait: higher priority first, then the tenant that
 holds the fewest pages, then who came first. The first in line is never passed over for a smaller one.
 
-How long the line lasts is learnt from how it moved since it was empty last: seconds a page. What would wait
-longer than allowed, or than its deadline, is refused at once.
+How long the line lasts is learnt from how it moved since it was empty last (`wire.pace`): seconds a page.
+What would wait longer than allowed, or than its deadline, is refused at once.
 
     limit of 8 in line, share 1/2:  tenant a has 4 in line, b has 1   another of a is refused, of b is let in
                                     a has 8, came alone               one of b takes the place of a's newest
@@ -15,12 +15,9 @@ longer than allowed, or than its deadline, is refused at once.
 from dataclasses import dataclass
 
 from wire.errors import DeadlinePassed, InternalError, MorayError, Overloaded
+from wire.pace import QueuePace
 
-_KEPT_SHARE = 0.95
-"""Of the memory of the pace, with each request that leaves the line."""
 _MIN_RETRY_S = 1.0
-_FEWEST_MOVED = 4
-"""Requests that must have been let in from the line before their pace says anything: workers begin cold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +73,7 @@ class Line:
         self._held_by_tenant: dict[str, int] = {}
         self.num_held_pages = 0
         """Pages of the admitted."""
-        self._last_s = 0.0
-        self._seconds = 0.0
-        self._pages_moved = 0.0
-        self._num_moved = 0
+        self._pace = QueuePace()
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +96,7 @@ class Line:
             del self._waiting[victim.ticket_id]
             displaced = victim, self._refuse("displaced", wait_s)
         if not self._waiting:
-            self._last_s = now_s
+            self._pace.begin(now_s=now_s)
         self._waiting[ticket.ticket_id] = ticket
         return Entry(is_waiting=True, displaced=displaced)
 
@@ -128,10 +122,7 @@ class Line:
             del self._waiting[first.ticket_id]
             self._hold(first)
             admitted.append(first)
-            self._seconds = self._seconds * _KEPT_SHARE + now_s - self._last_s
-            self._pages_moved = self._pages_moved * _KEPT_SHARE + first.num_pages
-            self._num_moved += 1
-            self._last_s = now_s
+            self._pace.observe(first.num_pages, now_s=now_s)
         self._forget_pace()
         return admitted
 
@@ -166,10 +157,8 @@ class Line:
         return (-ticket.priority, self._held_by_tenant.get(ticket.tenant, 0), ticket.ticket_id)
 
     def _wait_s(self, ticket: Ticket) -> float:
-        if self._num_moved < _FEWEST_MOVED or not self._pages_moved:
-            return 0.0
         ahead = [other.num_pages for other in self._waiting.values() if other.priority >= ticket.priority]
-        return (sum(ahead) + ticket.num_pages) * self._seconds / self._pages_moved
+        return self._pace.wait_s(sum(ahead) + ticket.num_pages)
 
     def _too_late(self, ticket: Ticket, wait_s: float, *, now_s: float) -> Refused | None:
         if ticket.end_s is not None and now_s + wait_s >= ticket.end_s:
@@ -222,5 +211,4 @@ class Line:
 
     def _forget_pace(self) -> None:
         if not self._waiting:
-            self._seconds = self._pages_moved = 0.0
-            self._num_moved = 0
+            self._pace.forget()
