@@ -52,6 +52,10 @@ class GenerateOptions:
     regex: str | None = None
     grammar: str | None = None
     seed: int | None = None
+    priority: int = 0
+    """Higher goes first where requests wait."""
+    tenant: str = ""
+    """Who pays; empty = nobody in particular."""
     deadline_s: float | None = None
     num_resumes: int = 10
     """Times that an answer whose stream broke is asked for again, from the next token on."""
@@ -103,6 +107,8 @@ def make_request(prompt: str | Sequence[int], options: GenerateOptions) -> infer
         stop_token_ids=options.stop_token_ids,
         stop=options.stop,
         n=options.n if options.n != 1 else None,
+        priority=options.priority,
+        tenant=options.tenant,
     )
     if isinstance(prompt, str):
         request.text = prompt

@@ -58,6 +58,8 @@ def read_options(  # noqa: PLR0913 - one parameter a flag
     grammar: Annotated[Path | None, typer.Option(help="File with a grammar, GBNF or Lark.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Same seed, same text.")] = None,
     model: Annotated[str, typer.Option(help="Name of the model; empty = the one served.")] = "",
+    priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
+    tenant: Annotated[str, typer.Option(help="Who pays; tenants of one priority share alike.")] = "",
     deadline_s: Annotated[float | None, typer.Option(help="Give up after so many seconds.")] = None,
 ) -> GenerateOptions:
     """The options that the flags make.
@@ -90,6 +92,8 @@ def read_options(  # noqa: PLR0913 - one parameter a flag
         regex=regex,
         grammar=_read_file("--grammar", grammar),
         seed=seed,
+        priority=priority,
+        tenant=tenant,
         deadline_s=deadline_s,
     )
 

@@ -78,7 +78,7 @@ def test_every_flag_is_an_option(monkeypatch: pytest.MonkeyPatch, asked: list[Ge
             "6",
         ),
         *("--frequency-penalty", "0.5", "--logit-bias", "5=-2.5", "--logit-bias", "7=1"),
-        *("--logprobs", "2", "--prompt-logprobs", "0"),
+        *("--logprobs", "2", "--prompt-logprobs", "0", "--priority", "-4", "--tenant", "t"),
     )
     assert asked == [
         GenerateOptions(
@@ -100,6 +100,8 @@ def test_every_flag_is_an_option(monkeypatch: pytest.MonkeyPatch, asked: list[Ge
             logprobs=2,
             prompt_logprobs=0,
             seed=6,
+            priority=-4,
+            tenant="t",
             deadline_s=2.0,
         )
     ]

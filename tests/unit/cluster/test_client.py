@@ -58,8 +58,11 @@ def failure(tmp_path: Path, router: FakeRouter, options: Any = OPTIONS) -> Moray
 
 
 def test_text_and_options_are_in_the_request() -> None:
-    options = GenerateOptions(model="m", max_tokens=7, ignore_eos=True, top_p=0.5, top_k=3, seed=9)
+    options = GenerateOptions(
+        model="m", max_tokens=7, ignore_eos=True, top_p=0.5, top_k=3, seed=9, priority=-2, tenant="t"
+    )
     request = make_request("Hello", options)
+    assert (request.priority, request.tenant) == (-2, "t")
     assert (request.text, request.model, request.max_tokens, request.ignore_eos) == ("Hello", "m", 7, True)
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.0, 0.5, 3, 9)
