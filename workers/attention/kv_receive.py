@@ -21,6 +21,7 @@ from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD
 from workers.attention.engine import Engine
 from workers.attention.kv_receipt import Receipt, Wanted
 from workers.attention.kv_transfer import Fence, decode_transfer
+from workers.attention.requests import ask_prefill
 from workers.attention.types import CacheRows, NewToken, SequenceSpec
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class KvReceiver:
         request: attention_pb2.SequenceRequest,
         *,
         first_row: int,
+        came_s: float,
         on_error: Callable[[MorayError], None],
     ) -> None:
         """Fills the pages of an admitted sequence, or has it computed here; tells what it cannot mend.
@@ -57,14 +59,12 @@ class KvReceiver:
             spec: the sequence.
             request: what asked for it.
             first_row: the rows before are cached here.
+            came_s: loop time at which it came.
             on_error: told why neither can be done.
         """
-        asked = attention_pb2.SequenceRequest()
-        asked.CopyFrom(request)
-        asked.first_wanted_row = first_row
         result = "received"
         try:
-            if not await self._pull_again(spec, asked):
+            if not await self._pull_again(spec, request, first_row=first_row, came_s=came_s):
                 result = "local"
                 self.engine.compute_here(spec.key)
         except grpc.aio.AioRpcError as error:
@@ -76,11 +76,14 @@ class KvReceiver:
             on_error(WorkerLost(what))
         self.metrics.counter("kv_transfers_total", result=result).inc()
 
-    async def _pull_again(self, spec: SequenceSpec, asked: attention_pb2.SequenceRequest) -> bool:
+    async def _pull_again(
+        self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, *, first_row: int, came_s: float
+    ) -> bool:
         """Whether one of the pulls brought everything."""
         for transfer in range(_MAX_PULLS):
+            waited_s = asyncio.get_running_loop().time() - came_s
+            asked = ask_prefill(request, first_row=first_row, transfer=transfer, waited_s=waited_s)
             try:
-                asked.transfer = transfer
                 await self._pull(spec, asked)
             except FrameInvalid as error:
                 self.metrics.counter("kv_refused_total", reason=error.field or "layout").inc()

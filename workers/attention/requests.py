@@ -1,5 +1,6 @@
 """Requests as they arrive at an attention worker, checked and turned into what the engine takes."""
 
+import math
 from collections.abc import Sequence
 
 from model.config import ModelConfig
@@ -74,6 +75,27 @@ def read_sequence(
         tenant=request.tenant,
         deadline_ms=request.deadline_ms,
     )
+
+
+def ask_prefill(
+    request: attention_pb2.SequenceRequest, *, first_row: int, transfer: int, waited_s: float
+) -> attention_pb2.SequenceRequest:
+    """What a decode worker asks its prefill worker for; of the deadline, what the wait here left.
+
+    Args:
+        request: what the decode worker was asked for.
+        first_row: the rows before are cached here.
+        transfer: which pull of this request it is, from 0.
+        waited_s: seconds since the request came here.
+    """
+    asked = attention_pb2.SequenceRequest()
+    asked.CopyFrom(request)
+    asked.first_wanted_row = first_row
+    asked.transfer = transfer
+    if request.deadline_ms:
+        # 0 would mean that there is no deadline; a worker refuses 1 ms just as well.
+        asked.deadline_ms = max(1, request.deadline_ms - math.ceil(waited_s * 1000))
+    return asked
 
 
 def read_sampling(message: common_pb2.SamplingParams, config: ModelConfig) -> Sampling:

@@ -245,6 +245,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self, spec: SequenceSpec, request: attention_pb2.SequenceRequest, stack: contextlib.AsyncExitStack
     ) -> AsyncIterator[Event]:
         """The events of a sequence up to its last; leaving `stack` gives up what is not finished."""
+        came_s = asyncio.get_running_loop().time()
         events: asyncio.Queue[Event] = asyncio.Queue()
         stack.enter_context(self._door.enter(spec.source, lambda error: events.put_nowait(Failed(error))))
         stack.callback(self._engine.cancel, spec)
@@ -260,6 +261,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
                         spec,
                         request,
                         first_row=event.num_cached_tokens,
+                        came_s=came_s,
                         on_error=lambda error: events.put_nowait(Failed(error)),
                     ),
                     name=f"pull-{spec.request_id}",

@@ -30,6 +30,8 @@ class Mangler:
     address: str = ""
     transfers: list[int] = field(default_factory=list)
     """The pulls that it was asked for."""
+    deadlines_ms: list[int] = field(default_factory=list)
+    """What each of them said is left of its client's deadline."""
     num_ended: int = 0
     """Calls that are over."""
 
@@ -48,6 +50,7 @@ class Mangler:
     async def _prefill(self, request: attention_pb2.SequenceRequest, context: Any) -> None:
         is_lie = len(self.transfers) < self.num_lies
         self.transfers.append(request.transfer)
+        self.deadlines_ms.append(request.deadline_ms)
         try:
             call = self.cluster.channel(self.cluster.attention["prefill-0"]).unary_stream(
                 PREFILL_METHOD, request_serializer=attention_pb2.SequenceRequest.SerializeToString

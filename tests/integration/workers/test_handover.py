@@ -101,6 +101,23 @@ def test_wrong_frames_are_refused_and_the_text_is_right(lie: str, num_lies: int)
     run_test(main())
 
 
+def test_prefill_worker_is_told_what_is_left_of_the_deadline() -> None:
+    """The second pull, after a whole prefill, has less time than the first one."""
+
+    async def main() -> None:
+        async with (
+            open_cluster(num_experts=1, attention=WORKERS) as cluster,
+            lying_prefill(cluster, lambda f: f[:-1]) as prefill,
+        ):
+            await cluster.generate(
+                GOLDEN.prompt, prefill="", prefill_address=prefill.address, deadline_ms=90_000
+            )
+            first_ms, second_ms = prefill.deadlines_ms
+            assert 0 < second_ms < first_ms < 90_000
+
+    run_test(main())
+
+
 def test_what_comes_behind_the_first_token_is_not_read() -> None:
     async def main() -> None:
         async with (

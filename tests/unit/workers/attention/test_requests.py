@@ -9,7 +9,14 @@ from tests.reference_data import checkpoint_dir
 from wire.errors import InvalidRequest, PromptTooLong
 from wire.proto import attention_pb2, common_pb2
 from workers.attention.grammar import Grammar
-from workers.attention.requests import FINISH_TO_PROTO, read_grammar, read_score, read_sequence, write_event
+from workers.attention.requests import (
+    FINISH_TO_PROTO,
+    ask_prefill,
+    read_grammar,
+    read_score,
+    read_sequence,
+    write_event,
+)
 from workers.attention.types import Finish, NewToken, PromptLogprobs, Sampling, Source, TokenLogprobs
 
 
@@ -48,6 +55,19 @@ def test_every_field_is_read(config: ModelConfig) -> None:
     assert spec.sampling == Sampling(**numbers, logit_bias=((5, 2.5), (9, -1.0)))
     assert spec.num_reserved_tokens == 5
     assert (spec.priority, spec.tenant, spec.deadline_ms) == (-3, "t", 1500)
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "waited_s", "left_ms"),
+    [(1500, 0.0, 1500), (1500, 0.2501, 1249), (1500, 1.5, 1), (1500, 90.0, 1), (0, 90.0, 0)],
+)
+def test_prefill_worker_is_told_what_the_wait_left_of_the_deadline(
+    deadline_ms: int, waited_s: float, left_ms: int
+) -> None:
+    given = request(deadline_ms=deadline_ms, tenant="t")
+    asked = ask_prefill(given, first_row=1, transfer=2, waited_s=waited_s)
+    assert asked == request(deadline_ms=left_ms, tenant="t", first_wanted_row=1, transfer=2)
+    assert given.deadline_ms == deadline_ms
 
 
 def test_what_is_left_out_is_greedy_over_the_whole_prompt(config: ModelConfig) -> None:
