@@ -14,9 +14,9 @@ import numpy as np
 
 from cluster.balance.decide import MoveTerms
 from cluster.balance.types import Floats
-from cluster.balance.window import Loads, LoadWindow
+from cluster.balance.window import LoadWindow, PhaseLoads, total_of
 from cluster.config import BalanceConfig
-from cluster.control.balancing import Proposal, make_loads, propose
+from cluster.control.balancing import Proposal, make_phase_loads, propose
 from cluster.control.routes import Shares
 from cluster.control_server import Rebalanced
 from cluster.placement import Placement
@@ -24,6 +24,7 @@ from cluster.rollout import Rollout
 from cluster.state import ClusterState
 from wire.errors import MorayError, StaleTable
 from wire.metrics import Metrics
+from wire.phases import PHASES, Phase
 from wire.proto import expert_pb2
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Balancer:
         self._rollout = rollout
         self._metrics = metrics
         self._window = LoadWindow(half_life_s=config.half_life_s)
-        self._new_rows: dict[int, Floats] = {}
+        self._new_rows: dict[Phase, dict[int, Floats]] = {phase: {} for phase in PHASES}
         """Rows since the window was folded last."""
         self._expert_bytes = 1
         self._next_step_s = 0.0
@@ -51,9 +52,10 @@ class Balancer:
         """Counts what an expert worker has computed since its last heartbeat."""
         self._expert_bytes = max(self._expert_bytes, report.expert_bytes)
         for layer in report.rows:
-            if layer.layer_idx not in self._new_rows:
-                self._new_rows[layer.layer_idx] = np.zeros(self._state.num_experts)
-            self._new_rows[layer.layer_idx][layer.expert_idx] += layer.num_rows
+            new_rows = self._new_rows["prefill" if layer.is_prefill else "decode"]
+            if layer.layer_idx not in new_rows:
+                new_rows[layer.layer_idx] = np.zeros(self._state.num_experts)
+            new_rows[layer.layer_idx][layer.expert_idx] += layer.num_rows
 
     async def run(self) -> None:
         """Looks at the load every `balance.interval_s`, for ever."""
@@ -80,15 +82,17 @@ class Balancer:
             MorayError: a worker could not load what it should; everything is as before.
         """
         placed = self._state.placed()
-        loads = make_loads(placed.shape, seed) if seed else self._fold()
+        loads = make_phase_loads(placed.shape, seed) if seed else self._fold()
         return await self._rebalance(loads, force=force)
 
-    async def _rebalance(self, loads: Loads, *, force: bool) -> Rebalanced:
+    async def _rebalance(self, loads: PhaseLoads, *, force: bool) -> Rebalanced:
         async with self._moving:
             await self._rollout.wait_for(lambda: self._state.tables.is_settled)
             placed = self._state.placed()
             proposal = await asyncio.to_thread(propose, placed, loads, self._terms())
             self._metrics.gauge("load_balance_ratio").set(proposal.balance)
+            for phase, balance in proposal.phase_balance.items():
+                self._metrics.gauge("phase_load_balance_ratio", phase=phase).set(balance)
             reason = "forced" if force else proposal.decision.reason
             self._metrics.counter("replans_total", result=reason).inc()
             if not force and not proposal.decision.is_worth:
@@ -145,11 +149,11 @@ class Balancer:
         self._next_step_s = began_s + max(budget_s, self._config.pause_s)
         return num_moved
 
-    def _fold(self) -> Loads:
+    def _fold(self) -> PhaseLoads:
         now_s = time.monotonic()
-        # Frames do not say their phase: all rows count as one.
-        self._window = self._window.fold("decode", self._new_rows, now_s=now_s)
-        self._new_rows = {}
-        loads = self._window.loads(now_s=now_s)
-        self._state.on_loads(loads)
+        for phase in PHASES:
+            self._window = self._window.fold(phase, self._new_rows[phase], now_s=now_s)
+            self._new_rows[phase] = {}
+        loads = self._window.by_phase(now_s=now_s)
+        self._state.on_loads(total_of(loads))
         return loads

@@ -52,6 +52,8 @@ FLAG_SUMS_FP32 = 2
 """FORWARD: partial sums are wanted in float32."""
 FLAG_SUMS_BF16 = 4
 """FORWARD: partial sums are wanted in bfloat16."""
+FLAG_PREFILL = 8
+"""FORWARD: the rows are of a step of prefill; otherwise of decode."""
 
 
 class FrameKind(enum.IntEnum):

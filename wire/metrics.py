@@ -211,7 +211,10 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("moray_attention_table_version", Kind.GAUGE, "Routing table in use."),
     MetricSpec(
-        "moray_expert_rows_total", Kind.COUNTER, "Rows computed; a row counts once per chosen expert."
+        "moray_expert_rows_total",
+        Kind.COUNTER,
+        "Rows computed; a row counts once per chosen expert.",
+        ("phase",),
     ),
     MetricSpec("moray_expert_calls_total", Kind.COUNTER, "Forward calls answered, by result.", ("result",)),
     MetricSpec(
@@ -245,6 +248,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_controller_moved_bytes_total", Kind.COUNTER, "Weights loaded to balance load."),
     MetricSpec("moray_controller_replans_total", Kind.COUNTER, "Placements planned anew.", ("result",)),
     MetricSpec("moray_controller_load_balance_ratio", Kind.GAUGE, "Mean over most load of a worker, lately."),
+    MetricSpec(
+        "moray_controller_phase_load_balance_ratio",
+        Kind.GAUGE,
+        "The same of the rows of one phase alone.",
+        ("phase",),
+    ),
     MetricSpec("moray_controller_watchers", Kind.GAUGE, "Open table streams."),
 )
 

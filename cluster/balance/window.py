@@ -10,18 +10,16 @@ Letters: E logical experts.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
 from cluster.balance.types import Floats
-
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
+from wire.phases import PHASES, Phase
 
 Loads = Mapping[int, Floats]
 """MoE layer index -> (E,) rows of each expert."""
-NOTHING: Mapping[Phase, Loads] = MappingProxyType({phase: MappingProxyType({}) for phase in PHASES})
+PhaseLoads = Mapping[Phase, Loads]
+NOTHING: PhaseLoads = MappingProxyType({phase: MappingProxyType({}) for phase in PHASES})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class LoadWindow:
     """> 0; after so long without rows a count is worth half."""
     as_of_s: float = 0.0
     """When the counts were last decayed."""
-    counts: Mapping[Phase, Loads] = field(default_factory=lambda: NOTHING)
+    counts: PhaseLoads = field(default_factory=lambda: NOTHING)
 
     def fold(self, phase: Phase, rows: Loads, *, now_s: float) -> "LoadWindow":
         """The window with more rows in it.
@@ -48,14 +46,14 @@ class LoadWindow:
             folded[layer_idx] = folded.get(layer_idx, 0.0) + np.asarray(rows_E, np.float64)
         return replace(decayed, counts=MappingProxyType({**decayed.counts, phase: MappingProxyType(folded)}))
 
+    def by_phase(self, *, now_s: float) -> PhaseLoads:
+        """Phase -> MoE layer index -> (E,) decayed rows."""
+        return self._at(now_s).counts
+
     def loads(self, *phases: Phase, now_s: float) -> Loads:
         """MoE layer index -> (E,) decayed rows of some phases together; of all phases when none is named."""
-        decayed = self._at(now_s)
-        total: dict[int, Floats] = {}
-        for phase in phases or PHASES:
-            for layer_idx, rows_E in decayed.counts[phase].items():
-                total[layer_idx] = total.get(layer_idx, 0.0) + rows_E
-        return MappingProxyType(dict(sorted(total.items())))
+        counts = self.by_phase(now_s=now_s)
+        return total_of({phase: counts[phase] for phase in phases or PHASES})
 
     def num_rows(self, *phases: Phase, now_s: float) -> float:
         """Decayed rows of all layers and experts: how much the window has seen."""
@@ -69,3 +67,12 @@ class LoadWindow:
             for phase, loads in self.counts.items()
         }
         return replace(self, as_of_s=self.as_of_s + age_s, counts=MappingProxyType(counts))
+
+
+def total_of(loads: PhaseLoads) -> Loads:
+    """MoE layer index -> (E,) rows of all phases together."""
+    total: dict[int, Floats] = {}
+    for of_phase in loads.values():
+        for layer_idx, rows_E in of_phase.items():
+            total[layer_idx] = total.get(layer_idx, 0.0) + rows_E
+    return MappingProxyType(dict(sorted(total.items())))

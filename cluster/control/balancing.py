@@ -11,9 +11,10 @@ import numpy as np
 from cluster.balance.decide import MoveDecision, MoveTerms, decide_move
 from cluster.balance.live import loads_of, plan_of, plan_rebalance, plan_rebalance_shares
 from cluster.balance.measure import balance_of, worker_loads
-from cluster.balance.window import Loads
+from cluster.balance.window import Loads, PhaseLoads, total_of
 from cluster.control.routes import Shares
 from cluster.placement import ExpertHost, ExpertShape, Placement
+from wire.phases import PHASES, Phase
 from workers.expert.types import Place
 
 _SPREAD = 1.0
@@ -42,27 +43,39 @@ class Proposal:
     decision: MoveDecision
     balance: float
     """Mean over most load of a worker with the placement in force, over all layers, (0, 1]."""
+    phase_balance: Mapping[Phase, float]
+    """The same of the rows of each phase alone."""
 
 
-def propose(placed: Placed, loads: Loads, terms: MoveTerms) -> Proposal:
+def propose(placed: Placed, phase_loads: PhaseLoads, terms: MoveTerms) -> Proposal:
     """The placement that suits the load, few copies away from the one in force."""
+    loads = total_of(phase_loads)
     candidate = plan_rebalance(
         placed.shape, placed.hosts, loads, num_slots=placed.num_slots, previous=placed.placement
     )
     decision = decide_move(placed.shape, loads, current=placed.placement, candidate=candidate, terms=terms)
-    num_slots = 1 + max(slot.slot_idx for slots in placed.placement.values() for slot in slots)
-    plan_LWX = plan_of(placed.shape, list(placed.placement), placed.placement, num_slots=num_slots)
-    balance_L = balance_of(worker_loads(loads_of(placed.shape, loads), plan_LWX))
     return Proposal(
         candidate=candidate,
         shares=_by_place(candidate, plan_rebalance_shares(placed.shape, candidate, loads)),
         decision=decision,
-        balance=float(balance_L.mean()),
+        balance=_balance(placed, loads),
+        phase_balance={phase: _balance(placed, of_phase) for phase, of_phase in phase_loads.items()},
     )
 
 
-def make_loads(shape: ExpertShape, seed: int) -> Loads:
-    """Loads drawn from a seed, as uneven as real ones, to set experts in motion on purpose."""
+def _balance(placed: Placed, loads: Loads) -> float:
+    num_slots = 1 + max(slot.slot_idx for slots in placed.placement.values() for slot in slots)
+    plan_LWX = plan_of(placed.shape, list(placed.placement), placed.placement, num_slots=num_slots)
+    return float(balance_of(worker_loads(loads_of(placed.shape, loads), plan_LWX)).mean())
+
+
+def make_phase_loads(shape: ExpertShape, seed: int) -> PhaseLoads:
+    """Loads drawn from a seed for each phase, as uneven as real ones, to set experts in motion on purpose."""
+    return {phase: make_loads(shape, (seed, number)) for number, phase in enumerate(PHASES)}
+
+
+def make_loads(shape: ExpertShape, seed: int | Sequence[int]) -> Loads:
+    """Loads drawn from a seed, as uneven as real ones."""
     rng = np.random.default_rng(seed)
     return {layer_idx: rng.lognormal(sigma=_SPREAD, size=shape.num_experts) for layer_idx in shape.layer_ids}
 

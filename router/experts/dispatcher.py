@@ -23,6 +23,7 @@ from router.experts.transport import ExpertTransport
 from wire.errors import NotReady
 from wire.frames import Frame, FrameKind
 from wire.metrics import Metrics
+from wire.phases import Phase
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class ExpertDispatcher:
         self.rules = rules or DispatchRules()
         self.forms = forms or PayloadForms()
         self.book = PeerBook(rules=self.rules.peers)
+        self.phase: Phase = "decode"
+        """Of the step under way."""
         self._changed = threading.Condition()
         self._newest: RoutingTable | None = None
         self._in_force: RoutingTable | None = None
@@ -80,10 +83,13 @@ class ExpertDispatcher:
             arrived, self._next_table = self._next_table, Future()
         arrived.set_result(None)
 
-    def adopt_table(self) -> None:
+    def adopt_table(self, phase: Phase) -> None:
         """Puts the newest table in force and looks after quarantined workers; called between steps.
 
         Waits for the very first table.
+
+        Args:
+            phase: of the step that begins; its rows say so.
 
         Raises:
             NotReady: no table came within the deadline.
@@ -93,6 +99,7 @@ class ExpertDispatcher:
             newest = self._newest
         if newest is None:
             raise NotReady(_NO_TABLE)
+        self.phase = phase
         if newest is not self._in_force:
             self._forget_absent(newest)
             self._in_force = newest

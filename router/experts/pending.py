@@ -17,7 +17,7 @@ import numpy as np
 from router.experts.payload import Sums, encode_rows, forward_tensors, read_partial
 from router.experts.plan import Assignments, Float32, WorkerCall, add_partial, plan_dispatch
 from wire.errors import ExpertNotLoaded, FrameInvalid, MorayError, WorkerLost
-from wire.frames import FLAG_LOAD_MISSING, Frame, FrameKind
+from wire.frames import FLAG_LOAD_MISSING, FLAG_PREFILL, Frame, FrameKind
 
 if TYPE_CHECKING:
     from router.experts.dispatcher import ExpertDispatcher
@@ -78,6 +78,7 @@ class PendingDispatch:
         self._metrics = dispatcher.metrics
         self._book = dispatcher.book
         self._layer_idx = layer_idx
+        self._flags = dispatcher.forms.flags | (FLAG_PREFILL if dispatcher.phase == "prefill" else 0)
         self._x_TD = x_TD
         self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
         self._began_s = time.monotonic()
@@ -246,7 +247,7 @@ class PendingDispatch:
         frame = Frame(
             kind=FrameKind.FORWARD,
             tensors=forward_tensors(self._encoded, call),
-            flags=self._dispatcher.forms.flags | (FLAG_LOAD_MISSING if call.may_load else 0),
+            flags=self._flags | (FLAG_LOAD_MISSING if call.may_load else 0),
             table_version=table_version,
             layer_idx=self._layer_idx,
         )

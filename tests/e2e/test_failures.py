@@ -37,7 +37,8 @@ def incarnations(running: Running) -> dict[str, Any]:
 
 
 def rows_of(running: Running, worker_id: str) -> float:
-    return scrape(running.shell.members()[worker_id]["metrics_address"])["moray_expert_rows_total"]
+    samples = scrape(running.shell.members()[worker_id]["metrics_address"])
+    return sum(value for name, value in samples.items() if name.startswith("moray_expert_rows_total"))
 
 
 def lose(

@@ -136,7 +136,10 @@ class LayerRows(_message.Message):
     LAYER_IDX_FIELD_NUMBER: _builtins.int
     EXPERT_IDX_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
+    IS_PREFILL_FIELD_NUMBER: _builtins.int
     layer_idx: _builtins.int
+    is_prefill: _builtins.bool
+    """Whether the rows are of prefill; otherwise of decode. A layer comes once for each phase that had rows."""
     @_builtins.property
     def expert_idx(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -147,10 +150,11 @@ class LayerRows(_message.Message):
         layer_idx: _builtins.int = ...,
         expert_idx: _abc.Iterable[_builtins.int] | None = ...,
         num_rows: _abc.Iterable[_builtins.int] | None = ...,
+        is_prefill: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_idx", b"expert_idx", "layer_idx", b"layer_idx", "num_rows", b"num_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expert_idx", b"expert_idx", "is_prefill", b"is_prefill", "layer_idx", b"layer_idx", "num_rows", b"num_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from model.transformer import Transformer
 from model.weights import ModelWeights, OnProgress, Packing, load_model_weights
 from wire.errors import ConfigError
 from wire.metrics import Metrics
+from wire.phases import Phase
 from wire.prefix import PrefixRules
 from workers.attention.cache import PagedCache
 from workers.attention.disk_pages import DiskPages
@@ -46,7 +47,7 @@ class EngineConfig:
 class InProcessExperts(LocalExperts):
     """Every routed expert in this process: nothing changes between steps."""
 
-    def begin_step(self) -> None:
+    def begin_step(self, phase: Phase) -> None:
         """Nothing to put in force."""
 
 

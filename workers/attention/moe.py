@@ -8,13 +8,14 @@ from torch import Tensor
 from model.batch import PendingRows
 from router.experts.dispatcher import ExpertDispatcher
 from router.experts.pending import PendingDispatch
+from wire.phases import Phase
 
 
 class Experts(Protocol):
     """Routed experts as the engine uses them: a `model.batch.MoeStep` with a mark between steps."""
 
-    def begin_step(self) -> None:
-        """Called before each step; from here to the next call nothing about placement changes."""
+    def begin_step(self, phase: Phase) -> None:
+        """Called before each step, with what it is for; placement changes at no other time."""
 
     def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
         """Starts the routed experts of one layer."""
@@ -26,9 +27,9 @@ class RemoteExperts:
     def __init__(self, dispatcher: ExpertDispatcher) -> None:
         self._dispatcher = dispatcher
 
-    def begin_step(self) -> None:
+    def begin_step(self, phase: Phase) -> None:
         """Puts the newest routing table in force."""
-        self._dispatcher.adopt_table()
+        self._dispatcher.adopt_table(phase)
 
     def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
         """Sends the rows of one layer.

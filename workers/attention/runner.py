@@ -10,6 +10,7 @@ import torch
 
 from model.batch import Batch, CacheView, make_batch
 from model.transformer import Transformer
+from wire import phases
 from wire.metrics import Metrics
 from workers.attention.cache import PagedCache
 from workers.attention.drafter import Speculation
@@ -76,7 +77,7 @@ class StepRunner:
             MorayError: an expert worker could not be reached in time, or another failure of the step.
         """
         began_s = time.perf_counter()
-        self.experts.begin_step()
+        self.experts.begin_step(step_phase(running))
         num_drafts = self._plan_drafts(running)
         drafting_s = time.perf_counter()
         step = self._draft(running, num_drafts)
@@ -250,6 +251,15 @@ class StepRunner:
         if all(r.sequence.phase is Phase.DECODE for r in step) and sum(alike) >= MIN_ALIKE * len(step):
             accepted = [len(tokens) - 1 for tokens, is_so in zip(new_tokens, alike, strict=True) if is_so]
             self.speculation.policy.on_step(len(step), num_drafts, seconds=seconds, accepted=accepted)
+
+
+def step_phase(running: Running) -> phases.Phase:
+    """What most rows of a step are for: a worker of role `both` computes prompts and new tokens in one.
+
+    Example: 256 tokens of a prompt and one token of each of 20 sequences are a step of prefill.
+    """
+    num_decoded = sum(num_tokens for sequence, num_tokens in running if sequence.phase is Phase.DECODE)
+    return "decode" if 2 * num_decoded >= sum(num_tokens for _, num_tokens in running) else "prefill"
 
 
 def _accepted(rows: _Rows, tokens: Iterator[ChosenToken]) -> tuple[ChosenToken, ...]:

@@ -108,14 +108,14 @@ def score_prompt(
     trace = ChoiceTrace()
     hidden = []
     for batch in _chunks(spec.token_ids, spec.chunk_tokens):
-        experts.begin_step()
+        experts.begin_step("prefill")
         hidden.append(transformer.forward(batch, cache.view(batch, [pages]), experts, trace))
     hidden_TD = torch.cat(hidden)
     tensors = {"logits": transformer.logits(hidden_TD).cpu(), **trace.tensors(config, num_tokens=num_tokens)}
     if config.num_nextn_predict_layers:
         parts = [torch.empty(0, config.vocab_size)]
         for batch in _chunks(spec.token_ids[1:], spec.chunk_tokens):
-            experts.begin_step()
+            experts.begin_step("prefill")
             first = batch.spans[0].first_position
             rows_TD = hidden_TD[first : first + batch.num_rows]
             parts.append(transformer.mtp_logits(batch, rows_TD, cache.view(batch, [pages]), experts).cpu())

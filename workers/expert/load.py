@@ -1,4 +1,4 @@
-"""Load counters: rows per layer and expert since somebody last asked, and how even they were of late."""
+"""Load counters: rows by phase, layer and expert since somebody last asked, and how even they were."""
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from wire.phases import PHASES, Phase
 from workers.expert.types import Place
 
 Ints = npt.NDArray[np.int64]
@@ -30,12 +31,13 @@ class LoadCounters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows_by_layer: dict[int, Ints] = {}
+        self._rows = _no_rows()
 
-    def count(self, layer_idx: int, expert_idx_A: npt.NDArray[np.integer]) -> None:
+    def count(self, phase: Phase, layer_idx: int, expert_idx_A: npt.NDArray[np.integer]) -> None:
         """Counts one row for every entry.
 
         Args:
+            phase: what they were computed for.
             layer_idx: MoE layer.
             expert_idx_A: (A,) logical experts, >= 0.
         """
@@ -43,18 +45,23 @@ class LoadCounters:
             return
         rows = np.bincount(expert_idx_A)
         with self._lock:
-            before = self._rows_by_layer.get(layer_idx)
+            rows_by_layer = self._rows[phase]
+            before = rows_by_layer.get(layer_idx)
             if before is None or len(before) < len(rows):
                 grown = np.zeros(len(rows), dtype=np.int64)
                 grown[: 0 if before is None else len(before)] = 0 if before is None else before
-                before = self._rows_by_layer[layer_idx] = grown
+                before = rows_by_layer[layer_idx] = grown
             before[: len(rows)] += rows
 
-    def drain(self) -> Mapping[int, Ints]:
-        """Layer -> (E',) rows by expert, up to the last one that had any, since the last call."""
+    def drain(self) -> Mapping[Phase, Mapping[int, Ints]]:
+        """Phase -> layer -> (E',) rows by expert, up to the last one that had any, since the last call."""
         with self._lock:
-            rows, self._rows_by_layer = self._rows_by_layer, {}
+            rows, self._rows = self._rows, _no_rows()
         return rows
+
+
+def _no_rows() -> dict[Phase, dict[int, Ints]]:
+    return {phase: {} for phase in PHASES}
 
 
 class RecentLoad:

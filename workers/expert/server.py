@@ -133,18 +133,26 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         """Says that it lives, and what it has computed since the last beat."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         self._scale = request.scale
-        rows_by_layer = self._service.load.drain()
-        self._export_load(rows_by_layer)
+        rows = self._service.load.drain()
+        self._export_load(rows.values())
         report = expert_pb2.BeatReport(worker_id=self._worker_id, expert_bytes=self._expert_bytes)
-        for layer_idx, rows_E in rows_by_layer.items():
-            experts = rows_E.nonzero()[0]
-            report.rows.add(layer_idx=layer_idx, expert_idx=experts, num_rows=rows_E[experts])
+        for phase, rows_by_layer in rows.items():
+            for layer_idx, rows_E in rows_by_layer.items():
+                experts = rows_E.nonzero()[0]
+                report.rows.add(
+                    layer_idx=layer_idx,
+                    expert_idx=experts,
+                    num_rows=rows_E[experts],
+                    is_prefill=phase == "prefill",
+                )
         return report
 
-    def _export_load(self, rows_by_layer: Mapping[int, Ints]) -> None:
-        self._recent_load.fold(rows_by_layer, now_s=time.monotonic())
-        rows = self._recent_load.rows_of({slot.place for slot in self._store.slots()})
-        summary = summarise(rows, num_top=_NUM_TOP)
+    def _export_load(self, rows: Iterable[Mapping[int, Ints]]) -> None:
+        now_s = time.monotonic()
+        for rows_by_layer in rows:
+            self._recent_load.fold(rows_by_layer, now_s=now_s)
+        recent = self._recent_load.rows_of({slot.place for slot in self._store.slots()})
+        summary = summarise(recent, num_top=_NUM_TOP)
         self.metrics.gauge("load_balance_ratio").set(summary.balance)
         self.metrics.gauge("load_gini_ratio").set(summary.gini)
         for rank, num_rows in enumerate(summary.top_rows, start=1):

@@ -14,8 +14,9 @@ from model.kernels.base import Assignments, Kernels
 from model.matrix import Mlp
 from router.experts.payload import ForwardRows, encode_sums, read_forward
 from wire.errors import ExpertNotLoaded, InternalError, ModelBroken, MorayError
-from wire.frames import FLAG_LOAD_MISSING, Array, Frame, FrameKind
+from wire.frames import FLAG_LOAD_MISSING, FLAG_PREFILL, Array, Frame, FrameKind
 from wire.metrics import Metrics
+from wire.phases import Phase
 from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
 
@@ -115,7 +116,7 @@ class ExpertService:
             end = begin + len(call.rows.x_RD)
             answers.append(_partial_frame(call.frame, sums_RD[begin:end]))
             begin = end
-            self._count(layer_idx, call.rows.expert_idx_A)
+            self._count(call)
         return answers
 
     def _sums(self, calls: "Sequence[_Call]") -> npt.NDArray[np.float64]:
@@ -147,9 +148,11 @@ class ExpertService:
         # torch takes no read-only array, and views of received bytes are.
         return torch.from_numpy(joined if joined.flags.writeable else joined.copy()).to(self._device)
 
-    def _count(self, layer_idx: int, expert_idx_A: Array) -> None:
-        self.load.count(layer_idx, expert_idx_A)
-        self._metrics.counter("rows_total").inc(int(expert_idx_A.size))
+    def _count(self, call: _Call) -> None:
+        phase: Phase = "prefill" if call.frame.flags & FLAG_PREFILL else "decode"
+        expert_idx_A = call.rows.expert_idx_A
+        self.load.count(phase, call.frame.layer_idx, expert_idx_A)
+        self._metrics.counter("rows_total", phase=phase).inc(int(expert_idx_A.size))
 
 
 def _unexpected(layer_idx: int, error: Exception) -> InternalError:

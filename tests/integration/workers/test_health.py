@@ -71,7 +71,7 @@ def test_engine_that_fails_every_step_asks_to_be_replaced_and_is_ready_when_it_m
             experts = server._engine._experts
             works = experts.begin_step
 
-            def fails() -> None:
+            def fails(phase: str) -> None:
                 raise RuntimeError("boom")
 
             experts.begin_step = fails
@@ -91,7 +91,7 @@ def test_step_that_does_not_end_is_told_while_it_lasts() -> None:
             await until_said(cluster, "")
             experts, go_on = cluster.attention["both-0"].server._engine._experts, threading.Event()
             begin_step = experts.begin_step
-            experts.begin_step = lambda: (go_on.wait(), begin_step())
+            experts.begin_step = lambda phase: (go_on.wait(), begin_step(phase))
             call = cluster.open_generate(PROMPT, at="both-0", max_tokens=4)
             stream = aiter(call)
             await until_said(cluster, "a step has not ended")

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from tests.integration.workers.lab import Cluster, open_cluster, run_test, until
+from wire.phases import PHASES, Phase
 from wire.proto import expert_pb2, expert_pb2_grpc
 
 PROMPT = [5, 6, 7, 8]
@@ -55,13 +56,18 @@ def test_beats_bring_every_row_once() -> None:
     async def main() -> None:
         async with open_cluster() as cluster:
             await cluster.generate(PROMPT, max_tokens=6)
-            rows: Counter[int] = Counter()
+            rows: Counter[tuple[str, int]] = Counter()
             for worker_id in cluster.experts:
                 for layer in (await beat(cluster, worker_id)).rows:
-                    rows[layer.layer_idx] += sum(layer.num_rows)
-            total = sum(cluster.metric(worker_id, "rows_total") for worker_id in cluster.experts)
-            assert sum(rows.values()) == total > 0
-            assert set(rows) <= set(cluster.config.expert_layer_ids)
+                    rows["prefill" if layer.is_prefill else "decode", layer.layer_idx] += sum(layer.num_rows)
+            for phase in PHASES:
+                total = sum(cluster.metric(w, "rows_total", phase=phase) for w in cluster.experts)
+                assert sum(num_rows for (of, _), num_rows in rows.items() if of == phase) == total > 0
+            assert {layer for _, layer in rows} <= set(cluster.config.expert_layer_ids)
+            first = cluster.config.first_k_dense_replace
+            top_k = cluster.config.num_experts_per_tok
+            assert rows["prefill", first] == top_k * len(PROMPT)
+            assert rows["decode", first] >= top_k * 5
             again = [await beat(cluster, worker_id) for worker_id in cluster.experts]
             assert [len(report.rows) for report in again] == [0, 0]
             assert all(report.expert_bytes > 0 for report in again)
@@ -90,8 +96,8 @@ def _pause_steps(experts: Any) -> tuple[threading.Event, threading.Event]:
     began, go_on = threading.Event(), threading.Event()
     begin_step = experts.begin_step
 
-    def begin_and_wait() -> None:
-        begin_step()
+    def begin_and_wait(phase: Phase) -> None:
+        begin_step(phase)
         began.set()
         go_on.wait()
 

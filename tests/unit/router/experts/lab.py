@@ -21,6 +21,7 @@ from tests.unit.router.experts.harness import LAYER, Choices, copies, partial_su
 from wire.errors import MorayError
 from wire.frames import Frame, FrameKind
 from wire.metrics import Metrics
+from wire.phases import Phase
 
 Answer = Frame | MorayError
 
@@ -136,10 +137,10 @@ class Lab:
         if table is not None:
             self.adopt(table)
 
-    def adopt(self, table: RoutingTable) -> None:
+    def adopt(self, table: RoutingTable, phase: Phase = "decode") -> None:
         """A newer table comes, and a step begins."""
         self.dispatcher.set_table(table)
-        self.dispatcher.adopt_table()
+        self.dispatcher.adopt_table(phase)
 
     def start(self, given_choices: Choices) -> PendingDispatch:
         return self.dispatcher.start(

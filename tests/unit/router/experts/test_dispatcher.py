@@ -8,7 +8,7 @@ from router.experts.peers import PeerRules
 from tests.unit.router.experts.harness import HIDDEN, LAYER, plain_combine, random_choices
 from tests.unit.router.experts.lab import Answer, Lab, Later, Script, lab, partial_of, twins, two_workers
 from wire.errors import NotReady, WorkerLost
-from wire.frames import Frame, FrameKind
+from wire.frames import FLAG_PREFILL, Frame, FrameKind
 
 RULES = DispatchRules(deadline_s=10.0, peers=PeerRules(attempt_s=1.0, quarantine_s=0.5))
 GAUGES = ("peer_row_seconds", "peer_queue_rows", "peer_straggler_score")
@@ -17,7 +17,7 @@ GAUGES = ("peer_row_seconds", "peer_queue_rows", "peer_straggler_score")
 def test_first_table_is_waited_for() -> None:
     with lab(rules=RULES) as it:
         it.clock.after(3.0, lambda: it.dispatcher.set_table(two_workers(5)))
-        it.dispatcher.adopt_table()
+        it.dispatcher.adopt_table("decode")
         assert it.dispatcher.table_in_force().version == 5
     assert it.clock.now_s == 103.0
     assert it.metric("table_version") == 5
@@ -26,7 +26,7 @@ def test_first_table_is_waited_for() -> None:
 def test_no_table_within_the_deadline_is_not_ready() -> None:
     with lab(rules=RULES) as it:
         with pytest.raises(NotReady, match="no routing table yet"):
-            it.dispatcher.adopt_table()
+            it.dispatcher.adopt_table("decode")
         with pytest.raises(NotReady, match="no routing table yet"):
             it.dispatcher.table_in_force()
     assert it.clock.now_s == 110.0
@@ -37,10 +37,19 @@ def test_table_does_not_change_within_a_step() -> None:
         it.dispatcher.set_table(two_workers(2, split=1))
         it.run(random_choices(6))
         assert {frame.table_version for frame in it.frames} == {1}
-        it.dispatcher.adopt_table()
+        it.dispatcher.adopt_table("decode")
         it.run(random_choices(6))
     assert {frame.table_version for frame in it.frames[2:]} == {2}
     assert it.metric("table_version") == 2
+
+
+def test_calls_say_the_phase_of_their_step() -> None:
+    with lab(table=two_workers(1)) as it:
+        it.adopt(two_workers(1), "prefill")
+        it.run(random_choices(6))
+        it.adopt(two_workers(1), "decode")
+        it.run(random_choices(6))
+    assert [frame.flags & FLAG_PREFILL for frame in it.frames] == [FLAG_PREFILL] * 2 + [0] * 2
 
 
 def test_next_table_is_done_when_a_newer_one_comes_and_only_then() -> None:
@@ -96,7 +105,7 @@ def steps(it: Lab, seconds: float) -> None:
     """Steps without rows, every 10 ms."""
     for _ in range(round(seconds * 100)):
         it.clock.pass_s(0.01)
-        it.dispatcher.adopt_table()
+        it.dispatcher.adopt_table("decode")
 
 
 def test_probe_is_a_call_of_no_rows_when_the_quarantine_is_over() -> None:
@@ -179,7 +188,7 @@ def test_peers_are_exported_and_forgotten_when_they_leave() -> None:
     with lab(table=twins(1)) as it:
         it.book.on_answer("a", num_rows=10, seconds=0.5, queue_rows=3)
         it.book.on_answer("b", num_rows=10, seconds=0.1, queue_rows=0)
-        it.dispatcher.adopt_table()
+        it.dispatcher.adopt_table("decode")
         got = {w: [it.metric(name, worker=w) for name in GAUGES] for w in "ab"}
         assert got == {"a": pytest.approx([0.05, 3, 5]), "b": pytest.approx([0.01, 0, 1])}
         it.adopt(twins(2, names="bc"))
@@ -191,7 +200,7 @@ def test_peers_are_exported_and_forgotten_when_they_leave() -> None:
 def test_quarantined_worker_that_leaves_is_not_counted() -> None:
     with lab(table=twins(1)) as it:
         it.book.on_failure("a", now_s=it.clock.now_s)
-        it.dispatcher.adopt_table()
+        it.dispatcher.adopt_table("decode")
         assert it.metric("quarantined_workers") == 1
         it.adopt(twins(2, names="bc"))
     assert it.metric("quarantined_workers") == 0

@@ -18,6 +18,7 @@ from model.weights import Packing
 from tests.reference_data import checkpoint_dir
 from wire.errors import MorayError
 from wire.metrics import Metrics
+from wire.phases import Phase as StepPhase
 from workers.attention.build import EngineConfig, InProcessExperts, build_engine
 from workers.attention.drafter import Speculation
 from workers.attention.engine import Engine
@@ -91,11 +92,11 @@ class DoorExperts:
         self._is_open = True
         self._permits.release()
 
-    def begin_step(self) -> None:
+    def begin_step(self, phase: StepPhase) -> None:
         self.num_arrivals += 1
         if not self._is_open and not self._permits.acquire(timeout=WAIT_S):
             raise TimeoutError("nobody opened the door")
-        self._experts.begin_step()
+        self._experts.begin_step(phase)
 
     def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
         self.on_layer(layer_idx)

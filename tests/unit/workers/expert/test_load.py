@@ -7,31 +7,42 @@ from hypothesis import strategies as st
 
 from workers.expert.load import LoadCounters, RecentLoad, summarise
 
+NOTHING = {"prefill": {}, "decode": {}}
+
 
 def test_rows_are_counted_by_layer_and_expert_until_drained() -> None:
     counters = LoadCounters()
-    counters.count(1, np.array([0, 2, 2], np.int32))
-    counters.count(1, np.array([5], np.int32))
-    counters.count(2, np.array([1], np.int32))
-    assert {layer: rows.tolist() for layer, rows in counters.drain().items()} == {
+    counters.count("decode", 1, np.array([0, 2, 2], np.int32))
+    counters.count("decode", 1, np.array([5], np.int32))
+    counters.count("decode", 2, np.array([1], np.int32))
+    assert {layer: rows.tolist() for layer, rows in counters.drain()["decode"].items()} == {
         1: [1, 0, 2, 0, 0, 1],
         2: [0, 1],
     }
-    assert counters.drain() == {}
+    assert counters.drain() == NOTHING
+
+
+def test_phases_are_counted_apart() -> None:
+    counters = LoadCounters()
+    counters.count("decode", 1, np.array([0, 2], np.int32))
+    counters.count("prefill", 1, np.array([1], np.int32))
+    rows = counters.drain()
+    assert rows["decode"][1].tolist() == [1, 0, 1]
+    assert rows["prefill"][1].tolist() == [0, 1]
 
 
 def test_no_rows_count_nothing() -> None:
     counters = LoadCounters()
-    counters.count(1, np.array([], np.int32))
-    assert counters.drain() == {}
+    counters.count("decode", 1, np.array([], np.int32))
+    assert counters.drain() == NOTHING
 
 
 @given(calls=st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6))
 def test_counts_are_those_of_all_calls_together(calls: list[list[int]]) -> None:
     counters = LoadCounters()
     for experts in calls:
-        counters.count(3, np.array(experts, np.int64))
-    rows = counters.drain().get(3, np.zeros(0))
+        counters.count("decode", 3, np.array(experts, np.int64))
+    rows = counters.drain()["decode"].get(3, np.zeros(0))
     flat = [expert for experts in calls for expert in experts]
     assert rows.tolist() == np.bincount(flat).tolist() if flat else not rows.size
 

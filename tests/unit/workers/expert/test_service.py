@@ -14,6 +14,7 @@ from model.kernels.choose import choose_kernels
 from model.matrix import Mlp, StoredMatrix
 from router.experts.payload import RowForm, encode_rows, read_forward
 from wire.frames import (
+    FLAG_PREFILL,
     FLAG_SUMS_BF16,
     FLAG_SUMS_FP32,
     Array,
@@ -23,6 +24,7 @@ from wire.frames import (
     encode_frame,
 )
 from wire.metrics import Metrics
+from wire.phases import PHASES
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
 from workers.expert.types import Slot
@@ -141,7 +143,7 @@ def test_frame_that_cannot_be_answered_gets_an_error_frame(
     assert (reply.kind, reply.call_id, name) == (FrameKind.ERROR, 77, error)
     assert what in message
     assert lab.metric("calls_total", result=error) == 1
-    assert lab.metric("rows_total") == 0
+    assert lab.metric("rows_total", phase="decode") == 0
 
 
 def test_two_dimensional_assignments_are_refused(lab: Lab) -> None:
@@ -212,7 +214,9 @@ def test_rows_of_fewer_bits_get_the_sums_of_what_they_say(lab: Lab, form: RowFor
 def test_calls_rows_and_load_are_counted(lab: Lab) -> None:
     lab.answer(forward(num_pairs=6, experts=(0,)))
     lab.answer(forward(num_pairs=2, experts=(3,)))
-    assert lab.metric("calls_total", result="ok") == 2
-    assert lab.metric("rows_total") == 8
-    assert {layer: rows.tolist() for layer, rows in lab.service.load.drain().items()} == {LAYER: [6, 0, 0, 2]}
-    assert lab.metric("forward_seconds_count") == 2
+    lab.answer(replace(forward(num_pairs=1, experts=(0,)), flags=FLAG_PREFILL))
+    assert lab.metric("calls_total", result="ok") == 3
+    assert [lab.metric("rows_total", phase=phase) for phase in PHASES] == [1, 8]
+    rows = lab.service.load.drain()
+    assert [rows[phase][LAYER].tolist() for phase in PHASES] == [[1], [6, 0, 0, 2]]
+    assert lab.metric("forward_seconds_count") == 3
