@@ -151,8 +151,8 @@ class InferenceClient:
             MorayError: what the cluster answered instead.
         """
         request = make_request(prompt, options)
-        # The router resumes one output, not several that mix.
-        request.request_id = uuid.uuid4().hex if options.num_resumes and options.n == 1 else ""
+        request.request_id = uuid.uuid4().hex if options.num_resumes else ""
+        next_idxs: dict[int, int] = {}
         loop = asyncio.get_running_loop()
         end_s = None if options.deadline_s is None else loop.time() + options.deadline_s
         has_begun = False
@@ -161,31 +161,35 @@ class InferenceClient:
             has_ended = False
             try:
                 async for response in call:
-                    request.resume_from = response.first_idx + len(response.token_ids)
+                    is_last = response.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+                    next_idx = response.first_idx + len(response.token_ids) + is_last
+                    next_idxs[response.output_idx] = next_idx
                     yield response
                 has_ended = True
                 return
             except grpc.aio.AioRpcError as error:
                 has_ended = True
-                has_begun = has_begun or request.resume_from > 0 or await _is_received(call)
+                has_begun = has_begun or bool(next_idxs) or await _is_received(call)
                 if not has_begun or resume_idx == options.num_resumes or not _is_broken(error):
                     raise _router_error(error, self._address, has_begun=has_begun) from None
             finally:
                 call.cancel()
                 if request.request_id and not has_ended:
-                    self._cancel_soon(request.request_id)
+                    self._cancel_soon(request)
+            request.resume_each[:] = [next_idxs.get(idx, 0) for idx in range(options.n)]
             await asyncio.sleep(min(_FIRST_RESUME_S * 2**resume_idx, _MAX_RESUME_S))
 
-    def _cancel_soon(self, request_id: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._cancel(request_id))
+    def _cancel_soon(self, request: inference_pb2.GenerateRequest) -> None:
+        asked = inference_pb2.CancelRequest(request_id=request.request_id, tenant=request.tenant)
+        task = asyncio.get_running_loop().create_task(self._cancel(asked))
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
 
-    async def _cancel(self, request_id: str) -> None:
+    async def _cancel(self, asked: inference_pb2.CancelRequest) -> None:
         # Where this does not arrive, the router ends the request itself when its grace time is over.
         # UsageError: the channel is closed.
         with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
-            await self._stub.Cancel(inference_pb2.CancelRequest(request_id=request_id), timeout=_CANCEL_S)
+            await self._stub.Cancel(asked, timeout=_CANCEL_S)
 
     async def answer(self, prompt: str | Sequence[int], options: GenerateOptions) -> list[Answer]:
         """The `options.n` whole outputs of a prompt.

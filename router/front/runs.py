@@ -1,8 +1,8 @@
 """Requests that have an id of their client's own: they run apart from the stream that started them.
 
-A second stream with the same id joins the run, from whatever token it wants. A run whose last stream broke
-goes on for a while, because gRPC shows a broken connection and a client that gives up as the same thing; the
-client that wants its request ended now says so with `Cancel`.
+A second stream with the same id and tenant joins the run, from whatever token of each output it wants. A run
+whose last stream broke goes on for a while, because gRPC shows a broken connection and a client that gives up
+as the same thing; the client that wants its request ended now says so with `Cancel`.
 """
 
 import asyncio
@@ -11,7 +11,16 @@ import copy
 from collections.abc import AsyncGenerator, Callable
 
 from router.front.admission import Admission
-from router.requests.answers import AnswerLog, AnswerShelf, KeptAnswer, fingerprint_of
+from router.requests.answers import (
+    AnswerLogs,
+    AnswerShelf,
+    KeptAnswer,
+    Positions,
+    RequestKey,
+    advance,
+    fingerprint_of,
+    first_wanted,
+)
 from wire.errors import DeadlinePassed, InvalidRequest, MorayError, RequestCancelled
 from wire.metrics import Metrics
 from wire.proto import inference_pb2
@@ -25,10 +34,10 @@ Answering = Callable[
 class Run:
     """One request that runs, or ran: its task writes, streams read. A kept answer is a run without a task."""
 
-    def __init__(self, request_id: str, fingerprint: bytes, *, log: AnswerLog | None = None) -> None:
-        self.request_id = request_id
+    def __init__(self, key: RequestKey, fingerprint: bytes, *, log: AnswerLogs) -> None:
+        self.key = key
         self.fingerprint = fingerprint
-        self.log = log or AnswerLog(request_id)
+        self.log = log
         self.num_readers = 0
         self.error: BaseException | None = None
         """Why it ended, where its answer is not whole."""
@@ -50,7 +59,7 @@ class Run:
 
 
 class SharedRuns:
-    """All runs of a router, by request id; everything on one asyncio loop."""
+    """All runs of a router, by tenant and request id; everything on one asyncio loop."""
 
     def __init__(
         self,
@@ -66,7 +75,7 @@ class SharedRuns:
         self._shelf = shelf
         self._grace_s = grace_s
         self._metrics = metrics
-        self._running: dict[str, Run] = {}
+        self._running: dict[RequestKey, Run] = {}
 
     def __len__(self) -> int:
         """Requests that run now."""
@@ -75,25 +84,25 @@ class SharedRuns:
     async def follow(
         self, request: inference_pb2.GenerateRequest, *, end_s: float | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """The answer to a request from its `resume_from` on: started here, joined, or off the shelf.
+        """The answer to a request from where it wants it on: started here, joined, or off the shelf.
 
         Args:
-            request: has a request id.
+            request: has a request id; its numbers of outputs and of positions are checked.
             end_s: loop time at which this stream's deadline passes, or None.
 
         Raises:
-            InvalidRequest: another request has this id, or the answer is shorter than `resume_from`.
+            InvalidRequest: another request has this id, or the answer is shorter than what is wanted.
             MorayError: the request cannot be finished.
         """
         fingerprint = fingerprint_of(request)
-        next_idx = request.resume_from
+        positions = first_wanted(request)
         while True:
             found = self._find(request, fingerprint)
             is_joined, run = found is not None, found or self._start(request, fingerprint, end_s)
-            async with contextlib.aclosing(self._read(run, next_idx)) as messages:
+            async with contextlib.aclosing(self._read(run, positions)) as messages:
                 try:
                     async for message in messages:
-                        next_idx = message.first_idx + len(message.token_ids)
+                        positions = advance(positions, message)
                         yield message
                     return
                 except (DeadlinePassed, RequestCancelled):
@@ -101,9 +110,9 @@ class SharedRuns:
                     if not is_joined or run.is_cancelled or (end_s is not None and _now_s() >= end_s):
                         raise
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a run at once; whether there was one."""
-        run = self._running.get(request_id)
+    def cancel(self, key: RequestKey) -> bool:
+        """Ends a run, all outputs of it, at once; whether there was one."""
+        run = self._running.get(key)
         if run is None or run.task is None:
             return False
         run.is_cancelled = True
@@ -112,27 +121,25 @@ class SharedRuns:
 
     def _find(self, request: inference_pb2.GenerateRequest, fingerprint: bytes) -> Run | None:
         """The run to join, running or kept."""
-        request_id = request.request_id
-        kept = self._shelf.find(request_id, now_s=_now_s())
-        run = self._running.get(request_id) or (
-            Run(request_id, kept.fingerprint, log=kept.log) if kept else None
-        )
+        key = _key_of(request)
+        kept = self._shelf.find(key, now_s=_now_s())
+        run = self._running.get(key) or (Run(key, kept.fingerprint, log=kept.log) if kept else None)
         if run is None:
             return None
         if run.fingerprint != fingerprint:
             raise InvalidRequest(
-                f"request_id: wanted an id of its own for every request; {request_id!r} belongs to another "
-                "request that runs or ended a moment ago; choose another id, or ask for exactly the same",
+                f"request_id: wanted an id of its own for every request; {request.request_id!r} belongs to "
+                "another request that runs or ended a moment ago; choose another id, or ask for the same",
                 field="request_id",
             )
         self._metrics.counter("resumes_total", state="finished" if kept else "running").inc()
         return run
 
     def _start(self, request: inference_pb2.GenerateRequest, fingerprint: bytes, end_s: float | None) -> Run:
-        run = Run(request.request_id, fingerprint)
-        self._running[run.request_id] = run
+        log = AnswerLogs(request.request_id, num_outputs=max(request.n, 1))
+        run = self._running[_key_of(request)] = Run(_key_of(request), fingerprint, log=log)
         run.task = asyncio.get_running_loop().create_task(
-            self._carry_out(run, request, end_s), name=f"run-{run.request_id}"
+            self._carry_out(run, request, end_s), name=f"run-{request.request_id}"
         )
         run.task.add_done_callback(lambda task: self._end(run, task))
         return run
@@ -146,29 +153,31 @@ class SharedRuns:
 
     def _end(self, run: Run, task: asyncio.Task[None]) -> None:
         """The task is done, however; even if it was cancelled before its first step."""
-        del self._running[run.request_id]
+        del self._running[run.key]
         if run.farewell is not None:
             run.farewell.cancel()
         error = None if task.cancelled() else task.exception()
         if run.log.is_whole:
             kept = KeptAnswer(fingerprint=run.fingerprint, log=run.log, end_s=_now_s())
-            self._shelf.put(run.request_id, kept, now_s=_now_s())
+            self._shelf.put(run.key, kept, now_s=_now_s())
         else:
             run.error = error or RequestCancelled(
                 "the request was cancelled, or its client did not come back in time"
             )
         run.wake()
 
-    async def _read(self, run: Run, token_idx: int) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    async def _read(
+        self, run: Run, wanted: Positions
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         self._attach(run)
         try:
-            first_idx = token_idx
+            positions = wanted
             while True:
-                if found := run.log.read(token_idx):
-                    message, token_idx = found
+                if message := run.log.read(positions):
+                    positions = advance(positions, message)
                     yield message
                 elif run.log.is_whole:
-                    run.log.check_start(first_idx)
+                    run.log.check_start(wanted)
                     return
                 elif run.error is not None:
                     raise copy.copy(run.error) if isinstance(run.error, MorayError) else run.error
@@ -187,6 +196,10 @@ class SharedRuns:
         run.num_readers -= 1
         if run.num_readers == 0 and run.task is not None and not run.task.done():
             run.farewell = asyncio.get_running_loop().call_later(self._grace_s, run.task.cancel)
+
+
+def _key_of(request: inference_pb2.GenerateRequest) -> RequestKey:
+    return request.tenant, request.request_id
 
 
 def _now_s() -> float:

@@ -13,7 +13,7 @@ from router.front.outputs import merge_streams, plan_outputs
 from router.front.reply import ReplyStream, split_end
 from router.front.runs import SharedRuns
 from router.front.tokenizer import PromptTokenizer, TextStream, TokenizerStore
-from router.front.validate import AdmissionRules, check_request, plan_admission
+from router.front.validate import AdmissionRules, check_outputs, check_request, plan_admission
 from router.requests.answers import AnswerShelf, ShelfLimits
 from router.requests.roster import Roster
 from router.requests.session import SessionRunner
@@ -72,11 +72,12 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
         if not request.tenant:
             request.tenant = _tenant_of(context)
-        is_shared = bool(request.request_id) and request.n <= 1
+        is_shared = bool(request.request_id)
         door = self._admission.follow() if is_shared else self._admission.enter()
         # Whose stream breaks before its first token then knows that a router had the request.
         await context.send_initial_metadata(((RECEIVED_KEY, "1"),))
         with RequestMeter(self._metrics, context) as meter, door:
+            check_outputs(request)
             answer = self._runs.follow(request, end_s=end_s) if is_shared else self._answer(request, end_s)
             async with contextlib.aclosing(answer) as messages:
                 async for message in messages:
@@ -85,10 +86,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @unary_errors
     async def Cancel(
-        self, request: inference_pb2.CancelRequest, _context: Context
+        self, request: inference_pb2.CancelRequest, context: Context
     ) -> inference_pb2.CancelResponse:
-        """Ends a request that runs in this router, by its id."""
-        return inference_pb2.CancelResponse(was_running=self._runs.cancel(request.request_id))
+        """Ends a request of the caller's tenant that runs in this router, by its id."""
+        key = request.tenant or _tenant_of(context), request.request_id
+        return inference_pb2.CancelResponse(was_running=self._runs.cancel(key))
 
     @unary_errors
     async def ListModels(

@@ -1,6 +1,7 @@
 """A request from the wire becomes an admitted one, or an error that names the field. Pure.
 
-Two steps, because the text is tokenized between them: `check_request` needs no token, `plan_admission` does.
+Three steps: `check_outputs` before a run is looked up, `check_request` before the text is tokenized, and
+`plan_admission` with its tokens.
 """
 
 import hashlib
@@ -51,10 +52,6 @@ def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> 
             "1 to 128 characters of A-Z a-z 0-9 . _ : / -",
             f"{len(request.request_id)} characters, {_show(request.request_id)}",
         )
-    if request.resume_from and not request.request_id:
-        raise _invalid("resume_from", "a request_id beside it", "none")
-    if request.resume_from and request.n > 1:
-        raise _invalid("resume_from", "one output: only that can be resumed", f"n = {request.n}")
     _check_share(request)
     _check_prompt(request)
     if request.HasField("max_tokens") and request.max_tokens == 0:
@@ -62,8 +59,25 @@ def check_request(request: inference_pb2.GenerateRequest, model: ModelFacts) -> 
     check_sampling(request.sampling, vocab_tokens=model.vocab_tokens)
     _check_stop_tokens(request, model)
     _check_stops(request)
+
+
+def check_outputs(request: inference_pb2.GenerateRequest) -> None:
+    """Refuses what cannot be the outputs of a request, or where they resume; before anything is kept.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
     if request.HasField("n") and not 1 <= request.n <= _MAX_OUTPUTS:
         raise _invalid("n", f"1 to {_MAX_OUTPUTS} outputs", str(request.n))
+    num_outputs, num_each = request.n or 1, len(request.resume_each)
+    if request.resume_from and num_outputs > 1:
+        raise _invalid("resume_from", "one output; several have resume_each", f"n = {request.n}")
+    if num_each and (num_each != num_outputs or request.resume_from):
+        given = f"{num_each} beside resume_from = {request.resume_from}"
+        raise _invalid("resume_each", f"{num_outputs} numbers, one an output, and no resume_from", given)
+    if (request.resume_from or num_each) and not request.request_id:
+        field = "resume_each" if num_each else "resume_from"
+        raise _invalid(field, "a request_id beside it", "none")
 
 
 def plan_admission(

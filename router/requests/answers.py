@@ -16,17 +16,37 @@ from wire.proto import common_pb2, inference_pb2
 
 _MAX_MERGED_TOKENS = 256
 
+Positions = tuple[int, ...]
+"""Of each output, the first message still wanted: token i is message i, and the end follows the tokens."""
+
+RequestKey = tuple[str, str]
+"""Tenant and request id: no tenant reaches a request of another."""
+
 
 def fingerprint_of(request: inference_pb2.GenerateRequest) -> bytes:
     """16 bytes, equal for requests that ask for the same answer, whatever part of it is still wanted."""
     asked = inference_pb2.GenerateRequest()
     asked.CopyFrom(request)
     asked.ClearField("resume_from")
+    asked.ClearField("resume_each")
     return hashlib.blake2b(asked.SerializeToString(deterministic=True), digest_size=16).digest()
 
 
+def first_wanted(request: inference_pb2.GenerateRequest) -> Positions:
+    """Where a request wants each of its outputs to begin."""
+    return tuple(request.resume_each) or (request.resume_from,) + (0,) * (max(request.n, 1) - 1)
+
+
+def advance(positions: Positions, message: inference_pb2.GenerateResponse) -> Positions:
+    """What is wanted next after a message: of (4, 2), behind token 2 and the end of output 1, (4, 4)."""
+    is_last = message.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+    moved = list(positions)
+    moved[message.output_idx] = message.first_idx + len(message.token_ids) + is_last
+    return tuple(moved)
+
+
 class AnswerLog:
-    """Every message of one answer so far; only grows. Message i holds token i; the last one ends the answer.
+    """Every message of one output so far; only grows. Message i holds token i; the last one ends the output.
 
     A message is kept as bytes, about 80 of them a token. Merging is the concatenation of those bytes, which
     protobuf reads as one message with the lists joined, so that fields added later need no code here.
@@ -66,22 +86,10 @@ class AnswerLog:
         self._texts.append(message.text)
         self.is_whole = is_last
 
-    def check_start(self, token_idx: int) -> None:
-        """Refuses to read from a token that the answer does not have.
+    def read(self, token_idx: int) -> inference_pb2.GenerateResponse | None:
+        """What there is from a token on, as one message; None = nothing yet.
 
-        Raises:
-            InvalidRequest: the answer is whole and shorter.
-        """
-        if self.is_whole and token_idx > self.num_tokens:
-            raise InvalidRequest(
-                f"resume_from: wanted at most {self.num_tokens}, the length of the answer; got {token_idx}",
-                field="resume_from",
-            )
-
-    def read(self, token_idx: int) -> tuple[inference_pb2.GenerateResponse, int] | None:
-        """What there is from a token on, as one message, and where to read next; None = nothing yet.
-
-        Of the tokens 7, 8 and the end, `read(1)` gives token 8 and the end in one message, and 3.
+        Of the tokens 7, 8 and the end, `read(1)` gives token 8 and the end in one message.
         """
         end = min(len(self._parts), token_idx + _MAX_MERGED_TOKENS)
         if token_idx >= end:
@@ -90,7 +98,51 @@ class AnswerLog:
         message.request_id = self._request_id
         message.first_idx = token_idx
         message.text = "".join(self._texts[token_idx:end])
-        return message, end
+        return message
+
+
+class AnswerLogs:
+    """The logs of all outputs of one request."""
+
+    def __init__(self, request_id: str, *, num_outputs: int = 1) -> None:
+        self._logs = tuple(AnswerLog(request_id) for _ in range(num_outputs))
+
+    @property
+    def is_whole(self) -> bool:
+        """Every output has ended."""
+        return all(log.is_whole for log in self._logs)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all outputs so far."""
+        return sum(log.num_tokens for log in self._logs)
+
+    def add(self, message: inference_pb2.GenerateResponse) -> None:
+        """Takes the next message of one of the outputs.
+
+        Raises:
+            InternalError: it does not follow the one before.
+        """
+        self._logs[message.output_idx].add(message)
+
+    def check_start(self, positions: Positions) -> None:
+        """Refuses to read what the whole answer does not have.
+
+        Raises:
+            InvalidRequest: an output is shorter.
+        """
+        field = "resume_from" if len(self._logs) == 1 else "resume_each"
+        for idx, (log, position) in enumerate(zip(self._logs, positions, strict=True)):
+            if position > log.num_tokens + 1:
+                wanted = f"wanted at most the {log.num_tokens} tokens of output {idx} and its end"
+                raise InvalidRequest(f"{field}: {wanted}; got {position}", field=field)
+
+    def read(self, positions: Positions) -> inference_pb2.GenerateResponse | None:
+        """What there is of the output that is furthest behind; None = nothing yet of any."""
+        for idx in sorted(range(len(self._logs)), key=positions.__getitem__):
+            if message := self._logs[idx].read(positions[idx]):
+                return message
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +150,7 @@ class KeptAnswer:
     """A whole answer on the shelf."""
 
     fingerprint: bytes
-    log: AnswerLog
+    log: AnswerLogs
     end_s: float
     """Monotonic second in which it became whole."""
 
@@ -113,11 +165,11 @@ class ShelfLimits:
 
 
 class AnswerShelf:
-    """Whole answers by request id; the oldest goes first when there are too many."""
+    """Whole answers by tenant and request id; the oldest goes first when there are too many."""
 
     def __init__(self, limits: ShelfLimits) -> None:
         self._limits = limits
-        self._kept: OrderedDict[str, KeptAnswer] = OrderedDict()
+        self._kept: OrderedDict[RequestKey, KeptAnswer] = OrderedDict()
         self.num_tokens = 0
         """Tokens of all answers on the shelf."""
 
@@ -125,17 +177,17 @@ class AnswerShelf:
         """Answers on the shelf."""
         return len(self._kept)
 
-    def find(self, request_id: str, *, now_s: float) -> KeptAnswer | None:
-        """The answer under an id, unless it is too old."""
+    def find(self, key: RequestKey, *, now_s: float) -> KeptAnswer | None:
+        """The answer under a key, unless it is too old."""
         self._drop_old(now_s)
-        return self._kept.get(request_id)
+        return self._kept.get(key)
 
-    def put(self, request_id: str, answer: KeptAnswer, *, now_s: float) -> None:
+    def put(self, key: RequestKey, answer: KeptAnswer, *, now_s: float) -> None:
         """Keeps a whole answer; one that alone passes the limits is not kept."""
         self._drop_old(now_s)
-        if request_id in self._kept:
-            self._drop(request_id)
-        self._kept[request_id] = answer
+        if key in self._kept:
+            self._drop(key)
+        self._kept[key] = answer
         self.num_tokens += answer.log.num_tokens
         while len(self._kept) > self._limits.keep_requests or self.num_tokens > self._limits.keep_tokens:
             self._drop(next(iter(self._kept)))
@@ -152,10 +204,10 @@ class AnswerShelf:
 
     def _drop_old(self, now_s: float) -> None:
         while self._kept:
-            request_id, answer = next(iter(self._kept.items()))
+            key, answer = next(iter(self._kept.items()))
             if now_s - answer.end_s < self._limits.keep_s:
                 return
-            self._drop(request_id)
+            self._drop(key)
 
-    def _drop(self, request_id: str) -> None:
-        self.num_tokens -= self._kept.pop(request_id).log.num_tokens
+    def _drop(self, key: RequestKey) -> None:
+        self.num_tokens -= self._kept.pop(key).log.num_tokens

@@ -26,7 +26,7 @@ from wire.proto import common_pb2 as wire_dot_proto_dot_common__pb2
 from wire.proto import control_pb2 as wire_dot_proto_dot_control__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/inference.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\x1a\x18wire/proto/control.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xcf\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12$\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.moray.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x14 \x03(\r\x12\x0c\n\x04stop\x18\x15 \x03(\t\x12\x0e\n\x01n\x18\x16 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18( \x01(\x11\x12\x0e\n\x06tenant\x18) \x01(\t\x12\x13\n\x0bresume_from\x18* \x01(\rB\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_n\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x9a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tfirst_idx\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.moray.v1.Usage\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x12\n\noutput_idx\x18\x0c \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.moray.v1.ModelInfo\"\x13\n\x11GetClusterRequest2\x9c\x02\n\tInference\x12\x43\n\x08Generate\x12\x19.moray.v1.GenerateRequest\x1a\x1a.moray.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.moray.v1.CancelRequest\x1a\x18.moray.v1.CancelResponse\x12G\n\nListModels\x12\x1b.moray.v1.ListModelsRequest\x1a\x1c.moray.v1.ListModelsResponse\x12\x44\n\nGetCluster\x12\x1b.moray.v1.GetClusterRequest\x1a\x19.moray.v1.ClusterSnapshotb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/inference.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\x1a\x18wire/proto/control.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12$\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.moray.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x14 \x03(\r\x12\x0c\n\x04stop\x18\x15 \x03(\t\x12\x0e\n\x01n\x18\x16 \x01(\rH\x02\x88\x01\x01\x12\x10\n\x08priority\x18( \x01(\x11\x12\x0e\n\x06tenant\x18) \x01(\t\x12\x13\n\x0bresume_from\x18* \x01(\r\x12\x13\n\x0bresume_each\x18+ \x03(\rB\x08\n\x06promptB\r\n\x0b_max_tokensB\x04\n\x02_n\"3\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x9a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tfirst_idx\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12-\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x1e\n\x05usage\x18\x06 \x01(\x0b\x32\x0f.moray.v1.Usage\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x12\n\noutput_idx\x18\x0c \x01(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.moray.v1.ModelInfo\"\x13\n\x11GetClusterRequest2\x9c\x02\n\tInference\x12\x43\n\x08Generate\x12\x19.moray.v1.GenerateRequest\x1a\x1a.moray.v1.GenerateResponse0\x01\x12;\n\x06\x43\x61ncel\x12\x17.moray.v1.CancelRequest\x1a\x18.moray.v1.CancelResponse\x12G\n\nListModels\x12\x1b.moray.v1.ListModelsRequest\x1a\x1c.moray.v1.ListModelsResponse\x12\x44\n\nGetCluster\x12\x1b.moray.v1.GetClusterRequest\x1a\x19.moray.v1.ClusterSnapshotb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=91
   _globals['_TOKENIDS']._serialized_end=114
   _globals['_GENERATEREQUEST']._serialized_start=117
-  _globals['_GENERATEREQUEST']._serialized_end=452
-  _globals['_CANCELREQUEST']._serialized_start=454
-  _globals['_CANCELREQUEST']._serialized_end=489
-  _globals['_CANCELRESPONSE']._serialized_start=491
-  _globals['_CANCELRESPONSE']._serialized_end=528
-  _globals['_GENERATERESPONSE']._serialized_start=531
-  _globals['_GENERATERESPONSE']._serialized_end=813
-  _globals['_USAGE']._serialized_start=815
-  _globals['_USAGE']._serialized_end=895
-  _globals['_LISTMODELSREQUEST']._serialized_start=897
-  _globals['_LISTMODELSREQUEST']._serialized_end=916
-  _globals['_LISTMODELSRESPONSE']._serialized_start=918
-  _globals['_LISTMODELSRESPONSE']._serialized_end=975
-  _globals['_GETCLUSTERREQUEST']._serialized_start=977
-  _globals['_GETCLUSTERREQUEST']._serialized_end=996
-  _globals['_INFERENCE']._serialized_start=999
-  _globals['_INFERENCE']._serialized_end=1283
+  _globals['_GENERATEREQUEST']._serialized_end=473
+  _globals['_CANCELREQUEST']._serialized_start=475
+  _globals['_CANCELREQUEST']._serialized_end=526
+  _globals['_CANCELRESPONSE']._serialized_start=528
+  _globals['_CANCELRESPONSE']._serialized_end=565
+  _globals['_GENERATERESPONSE']._serialized_start=568
+  _globals['_GENERATERESPONSE']._serialized_end=850
+  _globals['_USAGE']._serialized_start=852
+  _globals['_USAGE']._serialized_end=932
+  _globals['_LISTMODELSREQUEST']._serialized_start=934
+  _globals['_LISTMODELSREQUEST']._serialized_end=953
+  _globals['_LISTMODELSRESPONSE']._serialized_start=955
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1012
+  _globals['_GETCLUSTERREQUEST']._serialized_start=1014
+  _globals['_GETCLUSTERREQUEST']._serialized_end=1033
+  _globals['_INFERENCE']._serialized_start=1036
+  _globals['_INFERENCE']._serialized_end=1320
 # @@protoc_insertion_point(module_scope)

@@ -57,8 +57,9 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     RESUME_FROM_FIELD_NUMBER: _builtins.int
+    RESUME_EACH_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client, another one for every request; empty = made by the router. Asking again with the same
+    """Chosen by the client, another one for every request of its tenant; empty = made by the router. Asking again with the same
     id and the same fields joins the request while it runs, and for router.keep_s after it ended; asking for
     something else under the same id is refused. A router that does not know the id begins anew, with the same text.
     """
@@ -70,9 +71,7 @@ class GenerateRequest(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the end token, up to max_tokens."""
     n: _builtins.int
-    """Outputs of this prompt, each with a seed of its own; unset = 1. Several are not joined, resumed or cancelled
-    by request_id: only the call's own end ends them.
-    """
+    """Outputs of this prompt, each with a seed of its own; unset = 1."""
     priority: _builtins.int
     """From -100 to 100; higher goes first where requests wait."""
     tenant: _builtins.str
@@ -80,7 +79,9 @@ class GenerateRequest(_message.Message):
     Empty = what the call's metadata x-tenant says.
     """
     resume_from: _builtins.int
-    """First token, counted from 0, that the client still wants; what it has already is left out. Needs request_id."""
+    """First token, counted from 0, that the client still wants; what it has already is left out. Needs request_id.
+    Of one output; several have resume_each.
+    """
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -92,6 +93,12 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the text; they are not part of it."""
+
+    @_builtins.property
+    def resume_each(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The same for each of the n outputs. One whose finish_reason has come counts one more than its tokens: then its
+        end is left out, too.
+        """
 
     def __init__(
         self,
@@ -109,10 +116,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         tenant: _builtins.str = ...,
         resume_from: _builtins.int = ...,
+        resume_each: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_n", b"_n", "max_tokens", b"max_tokens", "n", b"n", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_n", b"_n", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_n", b"_n", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "model", b"model", "n", b"n", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume_each", b"resume_each", "resume_from", b"resume_from", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -134,15 +142,19 @@ class CancelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    tenant: _builtins.str
+    """As of the request: one of another tenant is not reached."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

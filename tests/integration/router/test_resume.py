@@ -117,7 +117,7 @@ def test_another_request_under_the_same_id_is_refused(kit):
     kit.run(main())
 
 
-@pytest.mark.parametrize(("request_id", "resume_from"), [("", 1), ("r", 7)])
+@pytest.mark.parametrize(("request_id", "resume_from"), [("", 1), ("r", 8)])
 def test_resume_from_that_cannot_be_is_refused(kit, request_id, resume_from):
     async def main():
         async with kit.open_lab() as lab:
@@ -162,6 +162,104 @@ def test_cancel_ends_a_request_and_every_stream_of_it_at_once(kit):
             await lab.idle()
             assert not (await lab.stub.Cancel(asked)).was_running
             assert len(worker.requests) == 1
+
+    kit.run(main())
+
+
+async def outputs_of(call, num_outputs):
+    """The tokens of each output of a stream, -1 for its end; each is numbered on by itself."""
+    outputs, next_idxs = [[] for _ in range(num_outputs)], {}
+    async for message in call:
+        output, count = message.output_idx, len(message.token_ids)
+        assert message.first_idx == next_idxs.get(output, message.first_idx)
+        next_idxs[output] = message.first_idx + count
+        outputs[output] += [*message.token_ids, *([-1] if message.finish_reason else [])]
+    return outputs
+
+
+@pytest.mark.parametrize("resume_each", [[], [0, 0], [1, 4], [4, 2]])
+def test_several_outputs_are_resumed_while_they_run(kit, resume_each):
+    async def main():
+        worker = hanging(kit, 4)
+        async with kit.open_lab(worker) as lab:
+            call = lab.call(PROMPT, max_tokens=9, n=2, request_id="r")
+            await lab.delivered(8)
+            call.cancel()
+            await lab.until(lambda: lab.metric("requests_total", code="CANCELLED") == 1)
+            again = lab.call(PROMPT, max_tokens=9, n=2, request_id="r", resume_each=resume_each)
+            reading = asyncio.create_task(outputs_of(again, 2))
+            await lab.until(lambda: lab.metric("resumes_total", state="running") == 1)
+            worker.release.set()
+            whole = [*kit.expected(PROMPT, 9), -1]
+            assert await reading == [whole[start:] for start in resume_each or [0, 0]]
+            assert len(worker.requests) == 2
+            await lab.idle()
+            assert lab.service.ledger.loads == {}
+
+    kit.run(main())
+
+
+@pytest.mark.parametrize("keep_requests", [0, 9], ids=["made again", "kept"])
+def test_several_outputs_that_ended_are_given_again_from_where_each_is_wanted(kit, keep_requests):
+    """Of output 0 the client has even the end."""
+
+    async def main():
+        async with kit.open_lab(keep_requests=keep_requests) as lab:
+            whole = [*kit.expected(PROMPT, 6), -1]
+            asked = {"max_tokens": 6, "n": 3, "request_id": "r"}
+            assert await outputs_of(lab.call(PROMPT, **asked), 3) == [whole] * 3
+            await lab.idle()
+            again = lab.call(PROMPT, **asked, resume_each=[7, 6, 2])
+            assert await outputs_of(again, 3) == [[], [-1], whole[2:]]
+            seeds = [request.sampling.seed for request in lab["d0"].requests]
+            # The requests of the outputs reach the worker in any order.
+            assert sorted(seeds[3:]) == ([] if keep_requests else sorted(seeds[:3]))
+
+    kit.run(main())
+
+
+def test_cancel_ends_every_output_of_a_request(kit):
+    async def main():
+        worker = hanging(kit, 2)
+        async with kit.open_lab(worker, resume_grace_s=60) as lab:
+            call = lab.call(PROMPT, max_tokens=9, n=3, request_id="r")
+            await lab.delivered(6)
+            assert (await lab.stub.Cancel(inference_pb2.CancelRequest(request_id="r"))).was_running
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await lab.drain_call(call)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+            await lab.idle()
+            assert lab.service.ledger.loads == {}
+            assert len(worker.requests) == 3
+
+    kit.run(main())
+
+
+@pytest.mark.parametrize("how", ["field", "metadata"])
+def test_request_of_another_tenant_is_not_reached_by_its_id(kit, how):
+    """Neither cancelled nor joined; each tenant has its own request under that id."""
+
+    async def main():
+        worker = hanging(kit, 2)
+        async with kit.open_lab(worker) as lab:
+
+            def of(tenant):
+                named = how == "field"
+                return {"tenant": tenant} if named else {}, None if named else (("x-tenant", tenant),)
+
+            (mine, my_metadata), (others, other_metadata) = of("a"), of("b")
+            asked = lab.request(PROMPT, max_tokens=9, request_id="r", **mine)
+            call = lab.stub.Generate(asked, metadata=my_metadata)
+            await lab.delivered(2)
+            cancel = inference_pb2.CancelRequest(request_id="r", **others)
+            assert not (await lab.stub.Cancel(cancel, metadata=other_metadata)).was_running
+            assert not (await lab.stub.Cancel(inference_pb2.CancelRequest(request_id="r"))).was_running
+            asked = lab.request(PROMPT, max_tokens=3, request_id="r", **others)
+            other = lab.stub.Generate(asked, metadata=other_metadata)
+            worker.release.set()
+            assert await lab.tokens(other) == kit.expected(PROMPT, 3)
+            assert await lab.tokens(call) == kit.expected(PROMPT, 9)
+            assert lab.metric("resumes_total", state="running") == 0
 
     kit.run(main())
 
@@ -216,6 +314,24 @@ def test_client_goes_on_by_itself_on_another_router(kit, num_before):
                 assert await stream == kit.expected(PROMPT, 9)
                 first, second = worker.requests
                 assert first.sampling == second.sampling
+
+    kit.run(main())
+
+
+def test_client_goes_on_with_several_outputs_on_another_router(kit):
+    async def main():
+        worker = hanging(kit, 3)
+        async with kit.open_lab(worker) as lab:
+            port = lab.service.grpc_port
+            async with InferenceClient(f"127.0.0.1:{port}") as client:
+                answers = asyncio.create_task(client.answer(PROMPT, GenerateOptions(max_tokens=9, n=2)))
+                await lab.delivered(6)
+                await lab.service.stop()
+                worker.release.set()
+                config = {**lab.config.model_dump(), "grpc_port": port}
+                lab.service = RouterService(RouterConfig(**config), controller_address=lab.controller.address)
+                await lab.service.start()
+                assert [answer.token_ids for answer in await answers] == [kit.expected(PROMPT, 9)] * 2
 
     kit.run(main())
 

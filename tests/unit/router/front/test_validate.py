@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.front.validate import AdmissionRules, check_request, plan_admission
+from router.front.validate import AdmissionRules, check_outputs, check_request, plan_admission
 from router.requests.members import ModelFacts
 from wire.errors import InvalidRequest, MorayError, PromptTooLong, UnknownModel
 from wire.proto.common_pb2 import SamplingParams
@@ -63,7 +63,6 @@ REFUSED = [
     (request(request_id="a b"), InvalidRequest, "request_id", "'a b'"),
     (request(request_id="line\n"), InvalidRequest, "request_id", "128"),
     (request(request_id="é"), InvalidRequest, "request_id", "128"),
-    (request(resume_from=1), InvalidRequest, "resume_from", "a request_id"),
     (request(priority=101), InvalidRequest, "priority", "-100 to 100"),
     (request(priority=-101), InvalidRequest, "priority", "-101"),
     (request(tenant="x" * 65), InvalidRequest, "tenant", "65 characters"),
@@ -80,9 +79,6 @@ REFUSED = [
     (request(stop=["a"] * 17), InvalidRequest, "stop", "at most 16 strings; got 17"),
     (request(stop=["a", ""]), InvalidRequest, "stop", "got 0 characters"),
     (request(stop=["a" * 257]), InvalidRequest, "stop", "got 257 characters"),
-    (request(n=0), InvalidRequest, "n", "1 to 64 outputs; got 0"),
-    (request(n=65), InvalidRequest, "n", "got 65"),
-    (request(n=2, request_id="r", resume_from=1), InvalidRequest, "resume_from", "one output"),
     (request(stop_token_ids=range(257)), InvalidRequest, "stop_token_ids", "at most 256 ids; got 257"),
 ]
 
@@ -94,6 +90,41 @@ def test_refusal_names_the_field_wanted_and_got(given, kind, field, said):
     assert type(caught.value) is kind
     assert caught.value.field == field
     assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "said"),
+    [
+        (request(n=0), "n", "1 to 64 outputs; got 0"),
+        (request(n=65), "n", "got 65"),
+        (request(n=2**32 - 1, request_id="r"), "n", "got 4294967295"),
+        (request(resume_from=1), "resume_from", "a request_id"),
+        (request(n=2, resume_each=[1, 1]), "resume_each", "a request_id"),
+        (request(n=2, request_id="r", resume_from=1), "resume_from", "one output"),
+        (request(n=2, request_id="r", resume_each=[1]), "resume_each", "2 numbers"),
+        (request(request_id="r", resume_each=[1, 1]), "resume_each", "1 numbers"),
+        (request(request_id="r", resume_from=1, resume_each=[1]), "resume_each", "no resume_from"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_by_field(given, field, said):
+    with pytest.raises(InvalidRequest) as caught:
+        check_outputs(given)
+    assert caught.value.field == field
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        request(),
+        request(n=64),
+        request(request_id="r", resume_from=9),
+        request(request_id="r", resume_each=[9]),
+        request(n=2, request_id="r", resume_each=[9, 0]),
+    ],
+)
+def test_outputs_that_can_be_are_let_in(given):
+    check_outputs(given)
 
 
 def test_empty_prompt_after_tokenizing_is_refused():

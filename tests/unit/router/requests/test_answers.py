@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.requests.answers import AnswerLog, AnswerShelf, KeptAnswer, ShelfLimits, fingerprint_of
+from router.requests.answers import (
+    AnswerLogs,
+    AnswerShelf,
+    KeptAnswer,
+    ShelfLimits,
+    advance,
+    fingerprint_of,
+    first_wanted,
+)
 from router.requests.types import TokenBatch
 from wire.errors import InternalError, InvalidRequest
 from wire.proto import common_pb2
@@ -14,18 +22,20 @@ from wire.proto.inference_pb2 import GenerateRequest, GenerateResponse, TokenIds
 STOP = common_pb2.FINISH_REASON_STOP
 
 
-def token(idx, token_id=7, text=""):
-    return GenerateResponse(request_id="r", first_idx=idx, token_ids=[token_id], text=text)
+def token(idx, token_id=7, text="", output=0):
+    return GenerateResponse(request_id="r", first_idx=idx, token_ids=[token_id], text=text, output_idx=output)
 
 
-def end(idx, text=""):
-    message = GenerateResponse(request_id="r", first_idx=idx, finish_reason=STOP, text=text)
+def end(idx, text="", output=0):
+    message = GenerateResponse(
+        request_id="r", first_idx=idx, finish_reason=STOP, text=text, output_idx=output
+    )
     message.usage.completion_tokens = idx
     return message
 
 
 def log_of(num_tokens, *, is_whole=True):
-    log = AnswerLog("r")
+    log = AnswerLogs("r")
     for idx in range(num_tokens):
         log.add(token(idx, idx + 10, chr(ord("a") + idx % 26)))
     if is_whole:
@@ -37,18 +47,25 @@ def kept(num_tokens, *, end_s=0.0):
     return KeptAnswer(fingerprint=b"f", log=log_of(num_tokens), end_s=end_s)
 
 
+def read_all(log, positions):
+    """What there is from there on, and where it ends."""
+    messages = []
+    while message := log.read(positions):
+        messages.append(message)
+        positions = advance(positions, message)
+    return messages, positions
+
+
 @given(num_tokens=st.integers(0, 600), data=st.data())
 def test_reader_gets_every_token_from_where_it_starts_whenever_it_reads(num_tokens, data):
     start = data.draw(st.integers(0, num_tokens))
-    log, ids, text, position, messages = AnswerLog("r"), [], "", start, []
+    log, ids, text, positions, messages = AnswerLogs("r"), [], "", (start,), []
     for message in [*(token(idx, idx + 10, "x") for idx in range(num_tokens)), end(num_tokens, "!")]:
         log.add(message)
-        while data.draw(st.booleans()) and (found := log.read(position)):
-            messages.append(found[0])
-            position = found[1]
-    while found := log.read(position):
-        messages.append(found[0])
-        position = found[1]
+        while data.draw(st.booleans()) and (found := log.read(positions)):
+            messages.append(found)
+            positions = advance(positions, found)
+    messages += read_all(log, positions)[0]
     for message in messages:
         assert (message.first_idx, message.request_id) == (start + len(ids), "r")
         ids.extend(message.token_ids)
@@ -59,14 +76,65 @@ def test_reader_gets_every_token_from_where_it_starts_whenever_it_reads(num_toke
     assert messages[-1].usage.completion_tokens == num_tokens
 
 
+@given(data=st.data())
+def test_reader_gets_what_it_wants_of_each_output_however_they_mix(data):
+    nums_tokens = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    wanted = tuple(data.draw(st.integers(0, num_tokens + 1)) for num_tokens in nums_tokens)
+    log, positions, told = AnswerLogs("r", num_outputs=len(nums_tokens)), wanted, [[] for _ in nums_tokens]
+    todo = [
+        [*(token(idx, idx + 10, output=i) for idx in range(num)), end(num, output=i)]
+        for i, num in enumerate(nums_tokens)
+    ]
+    while any(todo):
+        log.add(data.draw(st.sampled_from([part for part in todo if part])).pop(0))
+        while data.draw(st.booleans()) and (found := log.read(positions)):
+            positions = advance(positions, found)
+            told[found.output_idx] += [*found.token_ids, *([-1] if found.finish_reason else [])]
+    messages, positions = read_all(log, positions)
+    for found in messages:
+        told[found.output_idx] += [*found.token_ids, *([-1] if found.finish_reason else [])]
+    wholes = [[*range(10, 10 + num_tokens), -1] for num_tokens in nums_tokens]
+    assert told == [whole[start:] for whole, start in zip(wholes, wanted, strict=True)]
+    assert log.is_whole
+    assert positions == tuple(num_tokens + 1 for num_tokens in nums_tokens)
+
+
 def test_worked_example():
-    log = AnswerLog("r")
+    log = AnswerLogs("r")
     log.add(token(0, 7))
     log.add(token(1, 8))
     log.add(end(2))
-    message, position = log.read(1)
-    assert (list(message.token_ids), message.finish_reason, position) == ([8], STOP, 3)
-    assert log.read(3) is None
+    (message,), positions = read_all(log, (1,))
+    assert (list(message.token_ids), message.finish_reason, positions) == ([8], STOP, (3,))
+
+
+def test_output_that_is_furthest_behind_is_read_first():
+    log = AnswerLogs("r", num_outputs=2)
+    for idx in range(3):
+        log.add(token(idx, output=0))
+        log.add(token(idx, output=1))
+    assert log.read((2, 1)).output_idx == 1
+    assert log.read((2, 3)).output_idx == 0
+    assert log.read((3, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "positions"),
+    [
+        (GenerateRequest(), (0,)),
+        (GenerateRequest(resume_from=4), (4,)),
+        (GenerateRequest(n=3), (0, 0, 0)),
+        (GenerateRequest(n=2, resume_each=[0, 5]), (0, 5)),
+    ],
+)
+def test_where_a_request_wants_its_outputs_to_begin(given, positions):
+    assert first_wanted(given) == positions
+
+
+def test_example_of_the_docs_of_advance():
+    assert advance(
+        (4, 2), GenerateResponse(output_idx=1, first_idx=2, token_ids=[5], finish_reason=STOP)
+    ) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +157,24 @@ def test_nothing_follows_the_end():
         log_of(3).add(token(3))
 
 
-def test_start_behind_the_end_of_a_whole_answer_is_refused():
-    log_of(3).check_start(3)
-    log_of(3, is_whole=False).check_start(9)
-    with pytest.raises(InvalidRequest) as caught:
-        log_of(3).check_start(4)
-    assert caught.value.field == "resume_from"
+@pytest.mark.parametrize(("num_outputs", "field"), [(1, "resume_from"), (2, "resume_each")])
+def test_start_behind_the_end_of_a_whole_answer_is_refused(num_outputs, field):
+    log = AnswerLogs("r", num_outputs=num_outputs)
+    log.add(token(0))
+    for output in range(num_outputs):
+        log.add(end(1 - output, output=output))
+    others = (0,) * (num_outputs - 1)
+    log.check_start((2, *others))
+    with pytest.raises(InvalidRequest, match="output 0") as caught:
+        log.check_start((3, *others))
+    assert caught.value.field == field
 
 
 def test_fingerprint_tells_requests_apart_but_not_their_parts():
     first = GenerateRequest(request_id="r", tokens=TokenIds(ids=[1, 2]), max_tokens=3)
-    again = GenerateRequest(request_id="r", tokens=TokenIds(ids=[1, 2]), max_tokens=3, resume_from=2)
+    again = GenerateRequest(
+        request_id="r", tokens=TokenIds(ids=[1, 2]), max_tokens=3, resume_from=2, resume_each=[2]
+    )
     other = GenerateRequest(request_id="r", tokens=TokenIds(ids=[1, 2]), max_tokens=4)
     assert fingerprint_of(first) == fingerprint_of(again) != fingerprint_of(other)
     assert again.resume_from == 2
