@@ -64,7 +64,7 @@ class Controller:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """What supervises each member, and what runs beside."""
         self._scale = expert_pb2.Scale()
-        """How many workers there should be, and in which roles; its version counts the changes."""
+        """What people asked for: sizes, roles, nodes to stay away from; its version counts the changes."""
         self._reported_s: dict[str, float] = {}
         """When each attention worker was last heard of."""
         self._hopeless: dict[str, str] = {}
@@ -92,6 +92,8 @@ class Controller:
             self._supervise_from_now(member.worker_id)
             if member.is_leaving:
                 self._run_beside(f"retire-{member.worker_id}", self._retire(member.worker_id))
+        for node_id in self._launcher.cordoned:
+            self._run_beside(f"drain-{node_id}", self._drain_quietly(node_id))
         self._run_beside("leases", self._expire_readers())
         self._run_beside("drains", self._follow_drains())
         self._run_beside("balance", self._balancer.run())
@@ -170,6 +172,9 @@ class Controller:
             InvalidRequest: no such node is alive.
         """
         node_ids = await self._launcher.cordon(node)
+        self._remember()
+        # After a restart it is not known at once who runs where.
+        await self._rollout.wait_for(self._has_heard_attention)
         leaving = [
             member
             for member in self._state.members()
@@ -188,11 +193,12 @@ class Controller:
         return await self._balancer.rebalance(force=force, seed=seed)
 
     def _remember(self) -> None:
-        """Expert workers keep sizes and roles for a controller that starts again."""
+        """Expert workers keep sizes, roles and cordons for a controller that starts again."""
         self._scale = expert_pb2.Scale(
             version=self._scale.version + 1,
             num_workers=self._state.num_workers(),
             roles=self._state.assigned_roles(),
+            cordoned_nodes=self._launcher.cordoned,
         )
 
     # ---- one member ----
@@ -349,16 +355,21 @@ class Controller:
         """Whether nobody needs an expert worker; not known of one that has not said what it holds."""
         return worker_id not in self._rollout.unheard and self._state.tables.is_empty(worker_id)
 
+    def _has_heard_attention(self) -> bool:
+        """Whether every attention worker that ran when this controller started has said where it is."""
+        return not any(role_of(worker_id) in ATTENTION_ROLES for worker_id in self._rollout.unheard)
+
     # ---- beside ----
 
     async def _recall(self, running: list[str]) -> None:
-        """After a restart: the size that the controller before gave the cluster, kept by expert workers."""
+        """After a restart: what the controller before was asked for, kept by expert workers."""
         for worker_id in running:
             if role_of(worker_id) == "expert":
                 with contextlib.suppress(MorayError, TimeoutError):
                     await asyncio.wait_for(self._recall_from(worker_id), _RECALL_S)
         # Sizes may rest on roles, and workers that have one may come only with the sizes.
         self._state.recall_roles(self._scale.roles)
+        self._launcher.recall_cordons(self._scale.cordoned_nodes)
         for role, num_workers in self._scale.num_workers.items():
             self._state.resize(role, num_workers)
         self._state.recall_roles(self._scale.roles)
@@ -394,7 +405,7 @@ class Controller:
 
     async def _follow_drains(self) -> None:
         """Drains the nodes that Ray drains (`ray drain-node`, an autoscaler, a preempted machine)."""
-        known: set[str] = set()
+        known = set(self._launcher.cordoned)
         while True:
             draining = await self._launcher.draining_nodes()
             for node_id in sorted(draining - known):

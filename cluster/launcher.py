@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,18 @@ class Launcher:
         if not found:
             known = ", ".join(f"{t.host} ({t.address})" for t in topologies)
             raise InvalidRequest(f"node: wanted one of {known}; got {node!r}", field="node")
-        self._cordoned |= found
+        # A node that comes back has another id, so those that are gone can be forgotten.
+        self._cordoned = (self._cordoned & {t.node_id for t in topologies}) | found
         return found
+
+    @property
+    def cordoned(self) -> list[str]:
+        """Ids of the nodes on which nothing is started any more."""
+        return sorted(self._cordoned)
+
+    def recall_cordons(self, node_ids: Iterable[str]) -> None:
+        """Starts nothing on nodes that the controller before has cordoned."""
+        self._cordoned.update(node_ids)
 
     async def draining_nodes(self) -> set[str]:
         """Ids of the nodes that Ray is about to take away."""

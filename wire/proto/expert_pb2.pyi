@@ -35,7 +35,7 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class Scale(_message.Message):
-    """How many workers the cluster is to have; expert workers keep it for a controller that starts again."""
+    """What people asked of the cluster; expert workers keep it for a controller that starts again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -82,6 +82,7 @@ class Scale(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    CORDONED_NODES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows by one with every change."""
     @_builtins.property
@@ -92,16 +93,21 @@ class Scale(_message.Message):
     def roles(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Worker id -> role, of attention workers that do not work in the role of their group."""
 
+    @_builtins.property
+    def cordoned_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ray's ids of the nodes on which nothing is started any more."""
+
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         num_workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         roles: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cordoned_nodes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_workers", b"num_workers", "roles", b"roles", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordoned_nodes", b"cordoned_nodes", "num_workers", b"num_workers", "roles", b"roles", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,8 +136,11 @@ class FakeLauncher:
     """Processes that find a node."""
     silent_ids: set[str] = field(default_factory=set)
     cordoned: list[str] = field(default_factory=list)
+    """Ids of nodes."""
     draining: list[str] = field(default_factory=list)
     """Nodes that Ray drains."""
+    is_stopping_slowly: bool = False
+    """Whether who is told to stop goes on for ever."""
     _ends: dict[str, asyncio.Future[None]] = field(default_factory=dict)
     _reports: dict[str, StartReport] = field(default_factory=dict)
 
@@ -161,8 +164,11 @@ class FakeLauncher:
     async def cordon(self, node: str) -> set[str]:
         if node not in (NODE.node_id, NODE.host, NODE.address):
             raise InvalidRequest(f"node: got {node}", field="node")
-        self.cordoned.append(node)
+        self.cordoned.append(NODE.node_id)
         return {NODE.node_id}
+
+    def recall_cordons(self, node_ids: Iterable[str]) -> None:
+        self.cordoned.extend(node_ids)
 
     async def draining_nodes(self) -> set[str]:
         return set(self.draining)
@@ -177,6 +183,8 @@ class FakeLauncher:
         await self.die(worker_id)
 
     async def stop(self, worker_id: str, *, grace_s: float) -> None:
+        if self.is_stopping_slowly:
+            await asyncio.Event().wait()
         await self.die(worker_id)
 
     async def die(self, worker_id: str) -> None:

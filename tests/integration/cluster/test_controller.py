@@ -297,8 +297,32 @@ def test_attention_workers_leave_a_node_that_is_drained_and_start_again(is_asked
                 lab.launcher.draining.append("n")
             await lab.until(lambda: lab.launcher.num_starts["decode-0"] == 2)
             await lab.until(lab.is_whole)
-            assert lab.launcher.cordoned == ["h" if is_asked else "n"]
+            assert lab.launcher.cordoned == ["n"]
             assert lab.launcher.num_starts["expert-0"] == 1
+
+    run(test())
+
+
+def test_restarted_controller_still_keeps_away_from_a_node_and_goes_on_draining_it() -> None:
+    """The attention worker had not left when the controller died; that one starts with no memory."""
+
+    async def test() -> None:
+        address, launcher = f"127.0.0.1:{free_port()}", FakeLauncher()
+        async with running(THREE, launcher=launcher, address=address) as first:
+            await up(first)
+            launcher.is_stopping_slowly = True
+            draining = asyncio.ensure_future(first.stub.Drain(control_pb2.DrainRequest(node="h")))
+            await first.until(lambda: all(e.scale.cordoned_nodes == ["n"] for e in launcher.experts.values()))
+            await first.crash()
+            await asyncio.gather(draining, return_exceptions=True)
+        launcher.is_stopping_slowly = False
+        launcher.cordoned.clear()
+        assert launcher.num_starts["decode-0"] == 1
+        async with running(THREE, launcher=launcher, address=address) as second:
+            await second.until(lambda: launcher.num_starts["decode-0"] == 2)
+            await up(second)
+            assert set(launcher.cordoned) == {"n"}
+            assert launcher.num_starts["expert-0"] == 1
 
     run(test())
 
