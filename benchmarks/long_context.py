@@ -9,6 +9,7 @@ grows with the context by its nature, is shown apart.
 
 import json
 import statistics
+import sys
 from typing import Annotated
 
 import typer
@@ -55,6 +56,8 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter a flag
                     1, num_tokens=num_tokens, vocab_size=checkpoint.config.vocab_size, seed=SEED + repeat
                 )
                 found.append(decode_profile(ask, prompt, clock, num_tokens=NEW_TOKENS))
+                step_ms = sum(found[-1].values())
+                print(f"round {repeat} {num_tokens} tokens: {step_ms:.2f} ms a step", file=sys.stderr)
     medians = {
         num_tokens: {part: statistics.median(step[part] for step in found) for part in found[0]}
         for num_tokens, found in steps.items()

@@ -43,6 +43,10 @@ def test_long_context_compares_two_lengths() -> None:
     )
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
+    assert [line.rsplit(":", 1)[0] for line in done.stderr.splitlines() if line.startswith("round")] == [
+        "round 0 40 tokens",
+        "round 0 120 tokens",
+    ]
     assert set(report["ms"]) == {"40", "120"}
     short_ms, long_ms = (report["ms_without_indexer"][length] for length in ("40", "120"))
     assert report["ratio"] == long_ms / short_ms > 0
