@@ -13,10 +13,11 @@ import time
 import numpy as np
 
 from cluster.balance.decide import MoveTerms
+from cluster.balance.phases import WorkerPhases
 from cluster.balance.types import Floats
-from cluster.balance.window import LoadWindow, PhaseLoads, total_of
+from cluster.balance.window import LoadWindow, PhaseLoads
 from cluster.config import BalanceConfig
-from cluster.control.balancing import Proposal, make_phase_loads, propose
+from cluster.control.balancing import Placed, Proposal, make_phase_loads, propose
 from cluster.control.routes import Shares
 from cluster.control_server import Rebalanced
 from cluster.placement import Placement
@@ -47,6 +48,8 @@ class Balancer:
         self._next_step_s = 0.0
         """When the next step of a move may begin, on the monotonic clock."""
         self._moving = asyncio.Lock()
+        self._is_short = False
+        """Whether each phase should have a placement and cannot."""
 
     def on_beat(self, report: expert_pb2.BeatReport) -> None:
         """Counts what an expert worker has computed since its last heartbeat."""
@@ -89,7 +92,10 @@ class Balancer:
         async with self._moving:
             await self._rollout.wait_for(lambda: self._state.tables.is_settled)
             placed = self._state.placed()
-            proposal = await asyncio.to_thread(propose, placed, loads, self._terms())
+            proposal = await asyncio.to_thread(
+                propose, placed, loads, self._terms(), placements=self._config.placements
+            )
+            self._say_phases(placed, proposal)
             self._metrics.gauge("load_balance_ratio").set(proposal.balance)
             for phase, balance in proposal.phase_balance.items():
                 self._metrics.gauge("phase_load_balance_ratio", phase=phase).set(balance)
@@ -112,22 +118,34 @@ class Balancer:
 
     async def _move(self, before: Placement, proposal: Proposal) -> int:
         """Carries a proposal out, step by step; the copies that were loaded."""
-        old_shares = self._state.tables.shares
+        tables = self._state.tables
+        old_shares, old_phases = tables.shares, tables.worker_phases
         steps = [step.placement for step in proposal.decision.steps[:-1]]
         num_moved = 0
         try:
             for placement in steps:
-                num_moved += await self._take_step(placement, {})
-            num_moved += await self._take_step(proposal.candidate, proposal.shares)
+                num_moved += await self._take_step(placement, {}, old_phases)
+            num_moved += await self._take_step(proposal.candidate, proposal.shares, proposal.worker_phases)
         except MorayError as error:
             self._metrics.counter("replans_total", result="rolled_back").inc()
             if not isinstance(error, StaleTable):
-                self._state.tables.set_placement(before, old_shares)
+                tables.set_placement(before, old_shares, worker_phases=old_phases)
                 await self._rollout.follow_up()
             raise
         return num_moved
 
-    async def _take_step(self, placement: Placement, shares: Shares) -> int:
+    def _say_phases(self, placed: Placed, proposal: Proposal) -> None:
+        """Logs once when phases cannot have placements of their own, and again when they can."""
+        is_short = self._config.placements == "by_phase" and not proposal.worker_phases
+        if is_short and not self._is_short:
+            _log.warning(
+                "balance.placements=by_phase: %d expert workers with expert.num_slots=%d do not hold all %d "
+                "experts twice, or there were no rows yet; one placement serves both phases",
+                len(placed.hosts), placed.num_slots, placed.shape.num_experts,
+            )  # fmt: skip
+        self._is_short = is_short
+
+    async def _take_step(self, placement: Placement, shares: Shares, phases: WorkerPhases) -> int:
         """Returns when a placement is in force; begins when the step before has been paid for."""
         await asyncio.sleep(max(0.0, self._next_step_s - time.monotonic()))
         began_s = time.monotonic()
@@ -137,7 +155,7 @@ class Balancer:
         failures = self._rollout.failures
         for worker_id in placement:
             failures.pop(worker_id, None)
-        tables.set_placement(placement, shares)
+        tables.set_placement(placement, shares, worker_phases=phases)
         num_moved = tables.num_missing
         await self._rollout.follow_up()
         await self._rollout.wait_for(lambda: tables.is_settled or any(w in failures for w in placement))
@@ -155,5 +173,5 @@ class Balancer:
             self._window = self._window.fold(phase, self._new_rows[phase], now_s=now_s)
             self._new_rows[phase] = {}
         loads = self._window.by_phase(now_s=now_s)
-        self._state.on_loads(total_of(loads))
+        self._state.on_loads(loads)
         return loads

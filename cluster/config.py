@@ -63,6 +63,9 @@ class BalanceConfig(FrozenConfig):
     """Weights that are loaded for moves, a second, over all workers."""
     pause_s: float = Field(5.0, ge=0)
     """Seconds from one step of a move to the next at least: every step takes some time from who computes."""
+    placements: Literal["joint", "by_phase"] = "joint"
+    """joint = one placement for the rows of prefill and decode; by_phase = one for each, on workers of its
+    own, as soon as there were rows: needs an `expert.num_slots` with which each part holds every expert."""
 
 
 class TopologyConfig(FrozenConfig):

@@ -199,6 +199,7 @@ class Controller:
             num_workers=self._state.num_workers(),
             roles=self._state.assigned_roles(),
             cordoned_nodes=self._launcher.cordoned,
+            phases=self._state.tables.worker_phases,
         )
 
     # ---- one member ----
@@ -287,6 +288,8 @@ class Controller:
         link = self._rollout.link(worker_id)
         while not pulse.is_lost:
             began_s = time.monotonic()
+            if dict(self._scale.phases) != self._state.tables.worker_phases:
+                self._remember()
             try:
                 report = await link.beat(self._scale, deadline_s=every_s)
                 self._balancer.on_beat(report)
@@ -373,6 +376,8 @@ class Controller:
         for role, num_workers in self._scale.num_workers.items():
             self._state.resize(role, num_workers)
         self._state.recall_roles(self._scale.roles)
+        if self._config.balance.placements == "by_phase":
+            self._state.recall_phases(self._scale.phases)
         known = {member.worker_id for member in self._state.members()}
         for worker_id in running:
             if worker_id not in known and role_of(worker_id) in ELASTIC_ROLES:

@@ -13,6 +13,7 @@ from cluster.state import ClusterState
 from wire.errors import MorayError
 from wire.handshake import Handshake
 from wire.metrics import Metrics
+from wire.phases import PHASES
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +117,12 @@ class Rollout:
                 counts[key] = counts.get(key, 0) + (member.is_ready == (state == "ready"))
         for (role, state), count in counts.items():
             self._metrics.gauge("members", role=role, state=state).set(count)
+        table = self._state.tables.table
+        phase_of = (
+            [table.worker_phases.get(worker_id, "both") for worker_id in table.worker_ids] if table else []
+        )
+        for phase in (*PHASES, "both"):
+            self._metrics.gauge("phase_workers", phase=phase).set(phase_of.count(phase))
 
     async def _load(self, order: LoadOrder) -> None:
         began_s = time.monotonic()

@@ -7,8 +7,8 @@ controller that hears the same reports publishes the same table under a higher v
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from cluster.balance.live import plan_rebalance
-from cluster.balance.window import Loads
+from cluster.balance.phases import WorkerPhases, least_workers, plan_parts, plan_phases
+from cluster.balance.window import PhaseLoads
 from cluster.control.balancing import Placed
 from cluster.control.members import (
     ATTENTION_ROLES,
@@ -25,6 +25,7 @@ from cluster.control.tables import TableLife
 from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement, slots_per_layer
 from router.experts.table import table_to_proto
 from wire.errors import NotReady
+from wire.phases import PHASES
 from wire.proto import control_pb2
 from workers.expert.types import Slot
 
@@ -48,8 +49,10 @@ class ClusterState:
         self._page_tokens = page_tokens
         self.tables = TableLife(shape)
         """Who holds which experts, and the routing tables."""
-        self._loads: Loads = {}
+        self._loads: PhaseLoads = {}
         """Rows that experts had lately."""
+        self._recalled_phases: Mapping[str, str] = {}
+        """Which expert workers took the rows of which phase under the controller before."""
         self._table_message: control_pb2.RoutingTable | None = None
         """The newest table as it travels: made once for every version."""
         self._snapshot_version = 0
@@ -170,7 +173,11 @@ class ClusterState:
         self.on_lost(worker_id, problem="left")
         del self._members[worker_id]
 
-    def on_loads(self, loads: Loads) -> None:
+    def recall_phases(self, phases: Mapping[str, str]) -> None:
+        """Expert workers took the rows of these phases under the controller before."""
+        self._recalled_phases = phases
+
+    def on_loads(self, loads: PhaseLoads) -> None:
         """How many rows experts had lately: what new placements are planned for."""
         self._loads = loads
 
@@ -186,7 +193,9 @@ class ClusterState:
         if placement is None:
             if all(member.worker_id in held for member in experts):
                 hosts = [self._host(member.worker_id) for member in experts]
-                self.tables.set_placement(self._first_placement(hosts))
+                self.tables.set_placement(
+                    self._first_placement(hosts), worker_phases=self._first_phases(hosts)
+                )
             return
         new = [m for m in experts if m.worker_id not in placement]
         if any(m.worker_id not in held and not m.problem for m in new):
@@ -194,10 +203,16 @@ class ClusterState:
         worker_ids = [m.worker_id for m in experts if m.worker_id in placement or m.worker_id in held]
         if set(worker_ids) != set(placement):
             hosts = [self._host(worker_id) for worker_id in worker_ids]
-            current = self.placed().placement
-            self.tables.set_placement(
-                plan_rebalance(self._shape, hosts, self._loads, num_slots=self._num_slots, previous=current)
+            phases = self._plan_phases(hosts)
+            planned = plan_parts(
+                self._shape,
+                hosts,
+                self._loads,
+                num_slots=self._num_slots,
+                previous=self.placed().placement,
+                worker_phases=phases,
             )
+            self.tables.set_placement(planned, worker_phases=phases)
 
     def placed(self) -> Placed:
         """What is placed where now.
@@ -213,6 +228,7 @@ class ClusterState:
             hosts=[self._host(worker_id) for worker_id in placement],
             num_slots=self._num_slots,
             placement={worker_id: number_slots({}, places) for worker_id, places in placement.items()},
+            worker_phases=self.tables.worker_phases,
         )
 
     @property
@@ -268,6 +284,23 @@ class ClusterState:
     def _host(self, worker_id: str) -> ExpertHost:
         node = self._members[worker_id].node
         return ExpertHost(worker_id=worker_id, failure_domain=node.failure_domain if node else ())
+
+    def _plan_phases(self, hosts: list[ExpertHost]) -> WorkerPhases:
+        """Who takes which rows now that workers came or left; the balancer is who parts phases first."""
+        before = self.tables.worker_phases
+        least = least_workers(self._shape.num_experts, self._num_slots)
+        return plan_phases(hosts, self._loads, least=least, previous=before) if before else {}
+
+    def _first_phases(self, hosts: list[ExpertHost]) -> WorkerPhases:
+        recalled = self._recalled_phases
+        phases = {
+            host.worker_id: phase
+            for host in hosts
+            for phase in PHASES
+            if recalled.get(host.worker_id) == phase
+        }
+        is_whole = len(phases) == len(hosts) and set(phases.values()) == set(PHASES)
+        return phases if is_whole else {}
 
     def _first_placement(self, hosts: list[ExpertHost]) -> Placement:
         held = self.tables.held()

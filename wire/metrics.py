@@ -249,6 +249,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("moray_controller_replans_total", Kind.COUNTER, "Placements planned anew.", ("result",)),
     MetricSpec("moray_controller_load_balance_ratio", Kind.GAUGE, "Mean over most load of a worker, lately."),
     MetricSpec(
+        "moray_controller_phase_workers",
+        Kind.GAUGE,
+        "Expert workers of the newest table, by the phase whose rows they take.",
+        ("phase",),
+    ),
+    MetricSpec(
         "moray_controller_phase_load_balance_ratio",
         Kind.GAUGE,
         "The same of the rows of one phase alone.",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.balance.phases import WorkerPhases
 from cluster.placement import ExpertShape
 from router.experts.table import Replica, RoutingTable, build_table
 from workers.expert.types import Place
@@ -44,8 +45,16 @@ def weigh_copies(
     return copies
 
 
-def build_routes(copies: Copies, shape: ExpertShape, *, version: int) -> RoutingTable:
+def build_routes(
+    copies: Copies, shape: ExpertShape, *, version: int, worker_phases: WorkerPhases | None = None
+) -> RoutingTable:
     """The checked table of these copies.
+
+    Args:
+        copies: of every expert.
+        shape: what they are copies of.
+        version: of the table.
+        worker_phases: whose rows each worker takes; None = all take the rows of both phases.
 
     Raises:
         StaleTable: an expert has no copy.
@@ -64,4 +73,10 @@ def build_routes(copies: Copies, shape: ExpertShape, *, version: int) -> Routing
             )
             for copy in held
         ]
-    return build_table(version=version, num_experts=shape.num_experts, worker_ids=worker_ids, layers=layers)
+    return build_table(
+        version=version,
+        num_experts=shape.num_experts,
+        worker_ids=worker_ids,
+        layers=layers,
+        worker_phases={w: phase for w, phase in (worker_phases or {}).items() if w in idx_of},
+    )

@@ -15,6 +15,7 @@ hears the same reports comes to the same table.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from cluster.balance.phases import WorkerPhases
 from cluster.control.numbering import number_slots
 from cluster.control.rescue import plan_rescue
 from cluster.control.routes import Copies, Shares, build_routes, weigh_copies
@@ -48,6 +49,7 @@ class TableLife:
         self._home: Mapping[str, frozenset[Place]] | None = None
         """What the placement gives each worker."""
         self._shares: Shares = {}
+        self._worker_phases: WorkerPhases = {}
         self._rescue: dict[Place, str] = {}
         self._held: dict[str, dict[Place, int]] = {}
         """Of every worker that lives: place -> slot."""
@@ -59,6 +61,9 @@ class TableLife:
         self._named: dict[int, Mapping[str, frozenset[Place]]] = {}
         """Version -> what it names of each worker; of every table that may be in use."""
         self._copies: Copies = {}
+        """What the newest table names."""
+        self._table_phases: WorkerPhases = {}
+        """Who takes which rows in the newest table."""
         self._version = 0
         self._has_news = True
         """Something happened since the last `renew` that may ask for another table."""
@@ -79,6 +84,11 @@ class TableLife:
     def shares(self) -> Shares:
         """How the placement shares out the rows of experts with several copies."""
         return self._shares
+
+    @property
+    def worker_phases(self) -> WorkerPhases:
+        """Which workers take the rows of which phase; empty = all take the rows of both."""
+        return self._worker_phases
 
     @property
     def num_missing(self) -> int:
@@ -112,12 +122,22 @@ class TableLife:
 
     # ---- events ----
 
-    def set_placement(self, placement: Placement, shares: Shares | None = None) -> None:
-        """What workers should hold from now on, and which share of an expert's rows each copy gets."""
+    def set_placement(
+        self,
+        placement: Placement,
+        shares: Shares | None = None,
+        *,
+        worker_phases: WorkerPhases | None = None,
+    ) -> None:
+        """What workers should hold from now on, and which share of an expert's rows each copy gets.
+
+        Without `worker_phases` all workers take the rows of both phases.
+        """
         self._home = {
             worker_id: frozenset(slot.place for slot in slots) for worker_id, slots in placement.items()
         }
         self._shares = shares or {}
+        self._worker_phases = worker_phases or {}
         self._failed.clear()
         self._has_news = True
 
@@ -189,11 +209,12 @@ class TableLife:
         self._has_news = False
         self._renew_rescue()
         copies = self._plan_copies()
-        if copies is None or copies == self._copies:
+        phases = self._worker_phases if self.is_settled else self._table_phases
+        if copies is None or (copies == self._copies and phases == self._table_phases):
             return False
         self._version += 1
-        self._copies = copies
-        self.table = build_routes(copies, self._shape, version=self._version)
+        self._copies, self._table_phases = copies, phases
+        self.table = build_routes(copies, self._shape, version=self._version, worker_phases=phases)
         named: dict[str, set[Place]] = {}
         for place, holders in copies.items():
             for copy in holders:

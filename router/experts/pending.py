@@ -78,7 +78,8 @@ class PendingDispatch:
         self._metrics = dispatcher.metrics
         self._book = dispatcher.book
         self._layer_idx = layer_idx
-        self._flags = dispatcher.forms.flags | (FLAG_PREFILL if dispatcher.phase == "prefill" else 0)
+        self._phase = dispatcher.phase
+        self._flags = dispatcher.forms.flags | (FLAG_PREFILL if self._phase == "prefill" else 0)
         self._x_TD = x_TD
         self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
         self._began_s = time.monotonic()
@@ -88,7 +89,7 @@ class PendingDispatch:
         loads = dispatcher.loads_of(table)
         if not loads.is_usable_W.any():
             loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
-        plan = plan_dispatch(assignments, table, layer_idx=layer_idx, loads=loads)
+        plan = plan_dispatch(assignments, table, layer_idx=layer_idx, loads=loads, phase=self._phase)
         self._attempts = [self._send(call, plan.table_version, depth=0) for call in plan.calls]
 
     def result(self) -> Float32:
@@ -240,7 +241,8 @@ class PendingDispatch:
                 return None
             loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
         attempt.retry_at_s = None
-        plan = plan_dispatch(attempt.call.assignments(), table, layer_idx=self._layer_idx, loads=loads)
+        pairs = attempt.call.assignments()
+        plan = plan_dispatch(pairs, table, layer_idx=self._layer_idx, loads=loads, phase=self._phase)
         return [self._send(call, plan.table_version, depth=depth) for call in plan.calls]
 
     def _send(self, call: WorkerCall, table_version: int, *, depth: int) -> _Attempt:

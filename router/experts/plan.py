@@ -15,6 +15,7 @@ import numpy.typing as npt
 from router.experts.replicas import WorkerLoads, choose_replicas
 from router.experts.table import Ints, RoutingTable
 from wire.errors import StaleTable
+from wire.phases import Phase
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -80,7 +81,12 @@ def assignments_of(ids_TK: Int32, weights_TK: Float32) -> Assignments:
 
 
 def plan_dispatch(
-    assignments: Assignments, table: RoutingTable, *, layer_idx: int, loads: WorkerLoads
+    assignments: Assignments,
+    table: RoutingTable,
+    *,
+    layer_idx: int,
+    loads: WorkerLoads,
+    phase: Phase | None = None,
 ) -> DispatchPlan:
     """The calls that compute `assignments`, each token once per destination worker.
 
@@ -89,12 +95,13 @@ def plan_dispatch(
         table: the routing table; its version is copied into the plan.
         layer_idx: MoE layer.
         loads: of the table's workers.
+        phase: what the rows are for; their copies are chosen first among those placed for it. None = any.
 
     Raises:
         StaleTable: the table does not know the layer or an expert.
         ValueError: no worker is usable.
     """
-    routes = table.routes(layer_idx)
+    routes = table.routes(layer_idx, phase)
     if assignments.expert_idx_A.size and int(assignments.expert_idx_A.max()) >= table.num_experts:
         raise StaleTable(f"expert {int(assignments.expert_idx_A.max())} is not among {table.num_experts}")
     choice = choose_replicas(routes, assignments.expert_idx_A, assignments.token_idx_A, loads)

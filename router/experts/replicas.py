@@ -78,6 +78,8 @@ def _fill(routes: LayerRoutes, expert_idx_A: Ints, token_idx_A: Ints, loads: Wor
     chosen = zip(experts.tolist(), counts.tolist(), first_tokens, strict=True)
     for idx, (expert, count, token) in enumerate(chosen):
         copies = [w for w in routes.copies_of(expert, row_idx=token + expert) if usable[w]]
+        if not copies and routes.spare is not None:
+            copies = [w for w in routes.spare.copies_of(expert, row_idx=token + expert) if usable[w]]
         if not copies:
             copies = [_stand_in(expert, usable)]
             stand_ins.append(expert)

@@ -3,16 +3,24 @@
 Glossary, with numbers: a model with 4 *logical experts* on 2 workers of 3 *slots* a layer has 6 slots, so two
 experts get a second *replica*. Replica (worker 1, slot 2, share 0.5) takes half of its expert's rows.
 A table is immutable and has a version; it is checked when it is built, so that every dispatch finds a home.
+
+A table can give each phase a placement of its own: every worker then takes the rows of one phase, and the
+other's only where its workers have no copy that can be reached. With experts 0 and 1 on worker 0, which takes
+prefill, and on worker 1, which takes decode, all rows of a step of decode go to worker 1; without it to
+worker 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from wire.errors import StaleTable
+from wire.phases import PHASES, Phase
 from wire.proto import control_pb2
 
 Ints = npt.NDArray[np.int64]
@@ -45,6 +53,8 @@ class LayerRoutes:
 
     copies_E: tuple[tuple[int, ...], ...]
     """For each expert the workers that hold it."""
+    spare: "LayerRoutes | None" = None
+    """Of a phase's routes: the copies of all workers, for when its own cannot be reached."""
 
     def copies_of(self, expert_idx: int, *, row_idx: int) -> tuple[int, ...]:
         """The workers that hold an expert, first the one that the shares choose for a row.
@@ -72,53 +82,85 @@ class RoutingTable:
     num_experts: int
     worker_ids: tuple[str, ...]
     layers: Mapping[int, LayerRoutes]
-    """MoE layer index -> its routes."""
+    """MoE layer index -> its routes, over all workers."""
+    worker_phases: Mapping[str, Phase] = field(default_factory=dict)
+    """Worker -> the phase whose rows it takes; empty = all take the rows of both."""
+    phase_layers: Mapping[Phase, Mapping[int, LayerRoutes]] = field(default_factory=dict)
+    """Phase -> MoE layer index -> the routes of its rows; empty = those of all workers."""
 
-    def routes(self, layer_idx: int) -> LayerRoutes:
-        """The routes of one layer.
+    def routes(self, layer_idx: int, phase: Phase | None = None) -> LayerRoutes:
+        """The routes of one layer, for rows of a phase; None = over all workers.
 
         Raises:
             StaleTable: the table does not know the layer.
         """
-        if layer_idx not in self.layers:
+        layers = self.phase_layers.get(phase, self.layers) if phase else self.layers
+        if layer_idx not in layers:
             raise StaleTable(
                 f"routing table {self.version} has no layer {layer_idx}; it has {list(self.layers)}"
             )
-        return self.layers[layer_idx]
+        return layers[layer_idx]
 
 
 def build_table(
-    *, version: int, num_experts: int, worker_ids: Sequence[str], layers: Mapping[int, Sequence[Replica]]
+    *,
+    version: int,
+    num_experts: int,
+    worker_ids: Sequence[str],
+    layers: Mapping[int, Sequence[Replica]],
+    worker_phases: Mapping[str, Phase] | None = None,
 ) -> RoutingTable:
     """A checked table.
 
     Raises:
-        StaleTable: an expert has no replica, its shares do not sum to 1, or a worker or expert is unknown.
+        StaleTable: an expert has no replica, its shares do not sum to 1, or a worker, expert or phase is
+            unknown.
     """
+    worker_phases = worker_phases or {}
+    if unknown := set(worker_phases.values()) - set(PHASES):
+        raise StaleTable(f"workers take rows of {sorted(unknown)}; known: {PHASES}")
     routes = {
         layer_idx: _build_layer(
             replicas, num_experts=num_experts, num_workers=len(worker_ids), layer_idx=layer_idx
         )
         for layer_idx, replicas in sorted(layers.items())
     }
+    workers_of = {
+        phase: {idx for idx, worker_id in enumerate(worker_ids) if worker_phases.get(worker_id) == phase}
+        for phase in (PHASES if worker_phases else ())
+    }
     return RoutingTable(
         version=version,
         num_experts=num_experts,
         worker_ids=tuple(worker_ids),
         layers=MappingProxyType(routes),
+        worker_phases=MappingProxyType(dict(worker_phases)),
+        phase_layers={
+            phase: {layer_idx: _only_of(of_all, worker_idxs) for layer_idx, of_all in routes.items()}
+            for phase, worker_idxs in workers_of.items()
+        },
     )
+
+
+def _only_of(routes: LayerRoutes, worker_idxs: AbstractSet[int]) -> LayerRoutes:
+    """The routes of rows that these workers take; an expert that none of them holds keeps all its copies."""
+    by_expert: list[list[Replica]] = []
+    for copies in _by_expert(routes.replicas, num_experts=len(routes.copies_E)):
+        own = [copy for copy in copies if copy.worker_idx in worker_idxs] or copies
+        total = sum(copy.share for copy in own)
+        by_expert.append([replace(copy, share=copy.share / total) for copy in own])
+    return replace(_lay_out(by_expert), spare=routes)
 
 
 def _build_layer(
     replicas: Sequence[Replica], num_experts: int, num_workers: int, layer_idx: int
 ) -> LayerRoutes:
-    by_expert: list[list[Replica]] = [[] for _ in range(num_experts)]
     for replica in replicas:
         if not (0 <= replica.expert_idx < num_experts and 0 <= replica.worker_idx < num_workers):
             raise StaleTable(
                 f"layer {layer_idx}: {replica} is outside {num_experts} experts, {num_workers} workers"
             )
-        by_expert[replica.expert_idx].append(replica)
+    by_expert = _by_expert(replicas, num_experts=num_experts)
     for expert_idx, copies in enumerate(by_expert):
         total = sum(copy.share for copy in copies)
         if not copies or abs(total - 1.0) > 1e-6 or min(copy.share for copy in copies) <= 0:
@@ -126,7 +168,19 @@ def _build_layer(
                 f"layer {layer_idx}, expert {expert_idx}: {len(copies)} replicas, shares sum to {total}; "
                 "wanted at least one, shares > 0, sum 1"
             )
-    most = max(len(copies) for copies in by_expert)
+    return replace(_lay_out(by_expert), replicas=tuple(replicas))
+
+
+def _by_expert(replicas: Sequence[Replica], *, num_experts: int) -> list[list[Replica]]:
+    by_expert: list[list[Replica]] = [[] for _ in range(num_experts)]
+    for replica in replicas:
+        by_expert[replica.expert_idx].append(replica)
+    return by_expert
+
+
+def _lay_out(by_expert: Sequence[Sequence[Replica]]) -> LayerRoutes:
+    """The arrays of a layer's replicas, given by expert."""
+    num_experts, most = len(by_expert), max(len(copies) for copies in by_expert)
     worker_EM = np.zeros((num_experts, most), dtype=np.int64)
     threshold_EM = np.ones((num_experts, most), dtype=np.float64)
     for expert_idx, copies in enumerate(by_expert):
@@ -134,7 +188,7 @@ def _build_layer(
         worker_EM[expert_idx] = workers + workers[-1:] * (most - len(copies))
         threshold_EM[expert_idx, : len(copies) - 1] = np.cumsum([copy.share for copy in copies])[:-1]
     return LayerRoutes(
-        replicas=tuple(replicas),
+        replicas=tuple(copy for copies in by_expert for copy in copies),
         worker_EM=worker_EM,
         threshold_EM=threshold_EM,
         num_copies_E=np.array([len(copies) for copies in by_expert], dtype=np.int64),
@@ -145,7 +199,10 @@ def _build_layer(
 def table_to_proto(table: RoutingTable) -> control_pb2.RoutingTable:
     """The table as it travels."""
     message = control_pb2.RoutingTable(
-        version=table.version, num_experts=table.num_experts, worker_ids=table.worker_ids
+        version=table.version,
+        num_experts=table.num_experts,
+        worker_ids=table.worker_ids,
+        worker_phases=table.worker_phases,
     )
     for layer_idx, routes in table.layers.items():
         layer = message.layers.add(layer_idx=layer_idx)
@@ -173,5 +230,9 @@ def table_from_proto(message: control_pb2.RoutingTable) -> RoutingTable:
         for layer in message.layers
     }
     return build_table(
-        version=message.version, num_experts=message.num_experts, worker_ids=message.worker_ids, layers=layers
+        version=message.version,
+        num_experts=message.num_experts,
+        worker_ids=message.worker_ids,
+        layers=layers,
+        worker_phases=cast("dict[str, Phase]", dict(message.worker_phases)),
     )

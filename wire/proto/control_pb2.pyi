@@ -483,16 +483,43 @@ class RoutingTable(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class WorkerPhasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
     WORKER_IDS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    WORKER_PHASES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     num_experts: _builtins.int
     @_builtins.property
     def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerRoutes]: ...
+    @_builtins.property
+    def worker_phases(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Worker id -> the phase, prefill or decode, whose rows it takes; the other's only where that one's workers cannot
+        be reached. Empty = all take the rows of both.
+        """
+
     def __init__(
         self,
         *,
@@ -500,10 +527,11 @@ class RoutingTable(_message.Message):
         num_experts: _builtins.int = ...,
         worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         layers: _abc.Iterable[Global___LayerRoutes] | None = ...,
+        worker_phases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "num_experts", b"num_experts", "version", b"version", "worker_ids", b"worker_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "num_experts", b"num_experts", "version", b"version", "worker_ids", b"worker_ids", "worker_phases", b"worker_phases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -79,10 +79,31 @@ class Scale(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class PhasesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     NUM_WORKERS_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
     CORDONED_NODES_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows by one with every change."""
     @_builtins.property
@@ -97,6 +118,10 @@ class Scale(_message.Message):
     def cordoned_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ray's ids of the nodes on which nothing is started any more."""
 
+    @_builtins.property
+    def phases(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Worker id -> phase whose rows it takes, of expert workers where each phase has a placement of its own."""
+
     def __init__(
         self,
         *,
@@ -104,10 +129,11 @@ class Scale(_message.Message):
         num_workers: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         roles: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         cordoned_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        phases: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordoned_nodes", b"cordoned_nodes", "num_workers", b"num_workers", "roles", b"roles", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordoned_nodes", b"cordoned_nodes", "num_workers", b"num_workers", "phases", b"phases", "roles", b"roles", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

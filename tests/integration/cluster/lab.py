@@ -43,6 +43,8 @@ class FakeExpert(expert_pb2_grpc.ExpertServicer):
         """Loads fail that would bring an expert which is not held."""
         self.busy_experts: list[int] = []
         """Experts that get rows between two heartbeats."""
+        self.busy_phases = ["decode"]
+        """What those rows are for."""
 
     @property
     def places(self) -> set[tuple[int, int]]:
@@ -77,9 +79,13 @@ class FakeExpert(expert_pb2_grpc.ExpertServicer):
         self.scale = request.scale
         rows = [
             expert_pb2.LayerRows(
-                layer_idx=layer_idx, expert_idx=self.busy_experts, num_rows=[100] * len(self.busy_experts)
+                layer_idx=layer_idx,
+                expert_idx=self.busy_experts,
+                num_rows=[100] * len(self.busy_experts),
+                is_prefill=phase == "prefill",
             )
             for layer_idx in SHAPE.layer_ids
+            for phase in self.busy_phases
         ]
         return expert_pb2.BeatReport(worker_id=self.worker_id, rows=rows, expert_bytes=10)
 

@@ -186,6 +186,33 @@ def test_skewed_load_is_balanced_without_being_asked() -> None:
     run(test())
 
 
+def test_phases_part_with_the_first_rows_and_are_apart_under_the_next_controller() -> None:
+    async def test() -> None:
+        launcher, address = FakeLauncher(), f"127.0.0.1:{free_port()}"
+        balance = {"enabled": True, "interval_s": 0.1, "min_rows": 100, "placements": "by_phase"}
+        values = {"expert": {"replicas": 3, "num_slots": 6}, "balance": balance}
+        async with running(values, launcher=launcher, address=address) as first:
+            await up(first)
+            assert first.metric("phase_workers", phase="both") == 3
+            for expert in launcher.experts.values():
+                expert.busy_experts, expert.busy_phases = [0, 1, 2], ["prefill", "decode"]
+            await first.until(lambda: bool(first.tables[-1].worker_phases))
+            await first.until(first.is_whole)
+            apart = dict(first.tables[-1].worker_phases)
+            assert set(apart.values()) == {"prefill", "decode"}
+            assert first.metric("phase_workers", phase="both") == 0
+            assert 0 < first.metric("phase_load_balance_ratio", phase="prefill") <= 1
+            await first.until(lambda: all(e.scale.phases == apart for e in launcher.experts.values()))
+            held = {worker_id: expert.places for worker_id, expert in launcher.experts.items()}
+            await first.crash()
+        async with running(values, launcher=launcher, address=address) as second:
+            await up(second)
+            assert second.tables[0].worker_phases == apart
+            assert {worker_id: expert.places for worker_id, expert in launcher.experts.items()} == held
+
+    run(test())
+
+
 def test_grows_and_shrinks_without_losing_an_expert() -> None:
     async def test() -> None:
         async with running({"expert": {"replicas": 2}}) as lab:

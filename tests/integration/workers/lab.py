@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from tests.reference_data import checkpoint_dir
 from wire.errors import from_rpc
 from wire.frames import decode_frame
 from wire.handshake import Handshake
+from wire.phases import Phase
 from wire.proto import (
     attention_pb2,
     attention_pb2_grpc,
@@ -184,7 +185,7 @@ class Cluster:
         worker = self.attention[worker_id] = Worker(worker_id, server, f"{HOST}:{await server.start()}")
         return worker
 
-    async def push(self) -> None:
+    async def push(self, worker_phases: Mapping[str, Phase] | None = None) -> None:
         """A table over the expert workers that are there, known to every attention worker when it returns."""
         self.table_version += 1
         names = list(self.experts)
@@ -203,6 +204,7 @@ class Cluster:
             num_experts=self.config.n_routed_experts,
             worker_ids=names,
             layers=layers,
+            worker_phases=worker_phases,
         )
         members = [self._member(w, control_pb2.ROLE_EXPERT) for w in self.experts.values()]
         members += [self._member(w, ROLES[w.worker_id.split("-")[0]]) for w in self.attention.values()]

@@ -183,6 +183,27 @@ def test_replicas_share_the_rows_and_change_nothing() -> None:
     run_test(main())
 
 
+def test_phases_with_workers_of_their_own_change_nothing_even_when_one_is_lost() -> None:
+    """Prefill and decode are computed apart; without its worker decode takes the copies of prefill."""
+    golden = goldens("default")[3]
+    greedy = golden.tensor("greedy").tolist()
+
+    async def main() -> None:
+        async with open_cluster(num_experts=1) as cluster:
+            await cluster.start_expert("expert-1", range(16))
+            await cluster.push({"expert-0": "prefill", "expert-1": "decode"})
+            before = [cluster.metric(f"expert-{i}", "rows_total", phase=PHASES[1 - i]) for i in range(2)]
+            assert await cluster.generate(golden.prompt, max_tokens=16) == greedy
+            after = [cluster.metric(f"expert-{i}", "rows_total", phase=PHASES[1 - i]) for i in range(2)]
+            assert after == before, "each computes the rows of its own phase only"
+            assert all(cluster.metric(f"expert-{i}", "rows_total", phase=PHASES[i]) > 0 for i in range(2))
+            await cluster.experts.pop("expert-1").server.stop(grace_s=0)
+            assert await cluster.generate(golden.prompt, max_tokens=16) == greedy
+            assert cluster.metric("expert-0", "rows_total", phase="decode") > 0
+
+    run_test(main())
+
+
 def test_stop_token_ends_the_stream_with_its_reason() -> None:
     golden = goldens("default")[2]
     greedy = golden.tensor("greedy").tolist()

@@ -13,6 +13,7 @@ from cluster.state import ClusterState
 from cluster.topology.types import NodeTopology
 from router.experts.table import RoutingTable, table_from_proto, table_to_proto
 from wire.errors import ConfigError
+from wire.phases import Phase
 from wire.proto import control_pb2
 from workers.expert.types import Slot
 
@@ -308,6 +309,7 @@ def test_members_keep_the_order_of_the_config() -> None:
 
 def run_loads(state: ClusterState) -> None:
     """Until nobody has anything to load or to free; nobody reads old tables."""
+    state.tables.renew()
     while orders := state.tables.plan_loads():
         for order in orders:
             state.tables.on_loaded(order)
@@ -342,6 +344,44 @@ def test_new_worker_that_finds_no_node_holds_nobody_up() -> None:
     start(state, "expert-3")
     run_loads(state)
     assert table_workers(state)[-1] == "expert-3"
+
+
+def phases_in_force(state: ClusterState) -> dict[str, str]:
+    assert state.tables.table is not None
+    return dict(state.tables.table.worker_phases)
+
+
+def test_phases_stay_apart_while_workers_come_and_go_and_meet_when_too_few_are_left() -> None:
+    names = ("expert-0", "expert-1", "expert-2")
+    state = make_state(*names, num_slots=4)
+    bring_up(state, *names)
+    apart: dict[str, Phase] = {"expert-0": "prefill", "expert-1": "decode", "expert-2": "decode"}
+    slots = tuple(Slot(layer, expert, expert) for layer in SHAPE.layer_ids for expert in range(4))
+    state.tables.set_placement(dict.fromkeys(names, slots), worker_phases=apart)
+    run_loads(state)
+    state.resize("expert", 4)
+    start(state, "expert-3")
+    run_loads(state)
+    assert sorted(phases_in_force(state).values()) == ["decode", "decode", "prefill", "prefill"]
+    state.resize("expert", 2)
+    run_loads(state)
+    assert sorted(phases_in_force(state).values()) == ["decode", "prefill"]
+    state.resize("expert", 1)
+    run_loads(state)
+    assert phases_in_force(state) == {}
+
+
+def test_phases_of_the_controller_before_are_taken_up_if_they_name_everyone() -> None:
+    for recalled, wanted in [
+        ({"expert-0": "prefill", "expert-1": "decode", "expert-9": "decode"}, ["prefill", "decode"]),
+        ({"expert-0": "prefill"}, []),
+        ({"expert-0": "prefill", "expert-1": "prefill"}, []),
+        ({"expert-0": "prefill", "expert-1": "dance"}, []),
+    ]:
+        state = make_state("expert-0", "expert-1", num_slots=4)
+        state.recall_phases(recalled)
+        bring_up(state, "expert-0", "expert-1")
+        assert list(phases_in_force(state).values()) == wanted
 
 
 def test_worker_leaves_when_no_table_in_use_names_it() -> None:

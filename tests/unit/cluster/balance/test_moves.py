@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from cluster.balance.decide import MoveTerms, decide_move
 from cluster.balance.live import plan_rebalance
 from cluster.balance.moves import Change, changes_between, plan_bundles, plan_steps
+from cluster.balance.window import PhaseLoads
 from cluster.placement import ExpertHost, ExpertShape, Placement
+from wire.phases import Phase
 from workers.expert.types import Slot
 
 SHAPE = ExpertShape(num_experts=6, layer_ids=(0, 1))
@@ -103,7 +105,9 @@ def test_expert_that_changes_its_slot_moves_no_bytes() -> None:
     assert [change.num_bytes for change in changes] == [0, 0]
 
 
-LOADS = {0: np.array([80.0, 10, 10, 10, 10, 10]), 1: np.ones(6)}
+LOADS: PhaseLoads = {"decode": {0: np.array([80.0, 10, 10, 10, 10, 10]), 1: np.ones(6)}}
+ROWS: dict[Phase, float] = {"prefill": 5.0, "decode": 10.0}
+PHASE_OF: dict[str, Phase] = {"w0": "prefill", "w1": "decode"}
 CURRENT = {
     f"w{worker}": tuple(
         Slot(layer_idx, slot, expert) for layer_idx in (0, 1) for slot, expert in enumerate(experts)
@@ -142,6 +146,28 @@ def test_gain_that_comes_too_late_does_not_move() -> None:
 def test_same_placement_has_nothing_to_move() -> None:
     decision = decide_move(SHAPE, LOADS, current=CURRENT, candidate=CURRENT, terms=TERMS)
     assert (decision.reason, decision.gain, decision.steps) == ("nothing_to_move", 0.0, ())
+
+
+def test_gain_of_placements_by_phase_is_that_of_the_busiest_worker_under_its_own_rows() -> None:
+    # w0 holds all experts for prefill, w1 for decode: 30 and 60 rows a layer. With 5 more copies on w2 for
+    # decode, all of decode's rows but the 10 of expert 5 are split in two.
+    both = {f"w{i}": tuple(Slot(layer, e, e) for layer in (0, 1) for e in range(6)) for i in range(2)}
+    more = both | {"w2": tuple(Slot(layer, e, e) for layer in (0, 1) for e in range(5))}
+    loads: PhaseLoads = {phase: {0: rows * np.ones(6), 1: rows * np.ones(6)} for phase, rows in ROWS.items()}
+    phases = tuple({**PHASE_OF, **extra} for extra in ({}, {"w2": "decode"}))
+    decision = decide_move(SHAPE, loads, current=both, candidate=more, terms=TERMS, phases=phases)
+    assert decision.gain == pytest.approx(1 - 2 * (60 - 25) / (2 * 60))
+
+
+def test_phases_part_whatever_it_costs_and_once() -> None:
+    all_of = {f"w{i}": tuple(Slot(layer, e, e) for layer in (0, 1) for e in range(6)) for i in range(2)}
+    for phases, reason in [
+        (({}, PHASE_OF), "needed"),
+        ((PHASE_OF, {}), "needed"),
+        ((PHASE_OF, PHASE_OF), "nothing_to_move"),
+    ]:
+        decision = decide_move(SHAPE, LOADS, current=all_of, candidate=all_of, terms=TERMS, phases=phases)
+        assert decision.reason == reason
 
 
 def test_lost_expert_moves_whatever_it_costs() -> None:

@@ -5,6 +5,7 @@ import pytest
 from cluster.control.routes import build_routes, weigh_copies
 from cluster.placement import ExpertShape
 from wire.errors import StaleTable
+from wire.phases import Phase
 
 SHAPE = ExpertShape(num_experts=2, layer_ids=(0,))
 SLOTS = {"expert-2": {(0, 0): 1, (0, 1): 0}, "expert-10": {(0, 1): 3}}
@@ -23,6 +24,13 @@ def test_table_names_workers_in_order_with_their_slots() -> None:
         ("expert-2", 1): (0, 0.5),
         ("expert-10", 1): (3, 0.5),
     }
+
+
+def test_table_names_the_phases_of_its_workers_only() -> None:
+    phases: dict[str, Phase] = {"expert-2": "prefill", "expert-10": "decode", "expert-3": "decode"}
+    copies = weigh_copies(HOLDERS, slots=SLOTS, shares={})
+    table = build_routes(copies, SHAPE, version=5, worker_phases=phases)
+    assert table.worker_phases == {"expert-2": "prefill", "expert-10": "decode"}
 
 
 @pytest.mark.parametrize(

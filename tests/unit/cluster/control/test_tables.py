@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cluster.control.tables import LoadOrder, TableLife
 from cluster.placement import ExpertHost, ExpertShape, Placement, plan_placement
 from router.experts.table import RoutingTable
+from wire.phases import Phase
 from workers.expert.types import Place, Slot
 
 SHAPE = ExpertShape(num_experts=4, layer_ids=(1,))
@@ -178,6 +179,35 @@ def test_shares_of_a_placement_are_in_its_table() -> None:
     assert shares == {0: 0.25, 1: 0.75}
 
 
+def test_phases_come_into_force_when_all_is_loaded() -> None:
+    life = made(placed(a=[0, 1, 2, 3], b=[2, 3]))
+    apart: dict[str, Phase] = {"a": "prefill", "b": "decode"}
+    life.set_placement(placed(a=[0, 1, 2, 3], b=[0, 1, 2, 3]), worker_phases=apart)
+    (order,) = life.plan_loads()
+    assert not life.renew()
+    life.on_loaded(order)
+    assert life.renew()
+    assert life.table is not None
+    assert life.table.worker_phases == apart
+    life.on_worker_lost("b")
+    assert life.renew()
+    assert life.table.worker_phases == {"a": "prefill"}
+    assert life.table.routes(1, "decode").copies_E == ((0,),) * 4
+
+
+def test_phases_alone_make_another_table() -> None:
+    placement = placed(a=[0, 1, 2, 3], b=[0, 1, 2, 3])
+    life = made(placement)
+    life.set_placement(placement, worker_phases={"a": "prefill", "b": "decode"})
+    assert life.renew()
+    life.set_placement(placement, worker_phases={"a": "decode", "b": "prefill"})
+    assert life.renew()
+    life.set_placement(placement)
+    assert life.renew()
+    assert life.table is not None
+    assert (life.table.version, life.table.worker_phases) == (4, {})
+
+
 def test_integrity_check_catches_a_copy_that_is_freed_in_use() -> None:
     life = made(placed(a=[0, 1], b=[2, 3]))
     life.check_integrity()
@@ -204,6 +234,7 @@ class Life(RuleBasedStateMachine):
         self.born_at: dict[str, int] = {}
         """Worker -> newest version when its process started: older tables name what the one before held."""
         self.reads: dict[str, int] = {}
+        self.worker_phases: dict[str, Phase] = {}
         self._follow_up()
 
     @rule(worker=st.sampled_from(WORKERS))
@@ -251,15 +282,17 @@ class Life(RuleBasedStateMachine):
             self.life.on_reader(reader, self.reads[reader])
             self._follow_up()
 
-    @rule(shift=st.integers(1, 3), extra=st.integers(0, 3))
-    def place_anew(self, shift: int, extra: int) -> None:
+    @rule(shift=st.integers(1, 3), extra=st.integers(0, 3), phases=st.text("pdx", min_size=3, max_size=3))
+    def place_anew(self, shift: int, extra: int, phases: str) -> None:
         placement: dict[str, tuple[Slot, ...]] = {}
         for idx, worker in enumerate(WORKERS):
             wanted = {(expert + shift) % 4 for expert in range(4) if expert % 3 == idx} | (
                 {extra} if idx == 0 else set()
             )
             placement[worker] = tuple(Slot(1, i, expert) for i, expert in enumerate(sorted(wanted)))
-        self.life.set_placement(placement)
+        names: dict[str, Phase] = {"p": "prefill", "d": "decode"}
+        self.worker_phases = {w: names[p] for w, p in zip(WORKERS, phases, strict=True) if p in names}
+        self.life.set_placement(placement, worker_phases=self.worker_phases)
         self._follow_up()
 
     def _follow_up(self) -> None:
@@ -294,6 +327,8 @@ class Life(RuleBasedStateMachine):
             assert {(1, e): sorted(w) for e, w in found.items()} == {
                 place: sorted(w for w, places in placement.items() if place in places) for place in ALL
             }
+            assert self.life.table is not None
+            assert self.life.table.worker_phases == self.worker_phases
 
 
 Life.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from router.experts.plan import WorkerCall
 from router.experts.replicas import WorkerLoads
 from router.experts.table import Replica, RoutingTable, build_table
+from wire.phases import PHASES
 
 HIDDEN = 5
 LAYER = 3
@@ -23,9 +24,10 @@ def copies(expert_idx: int, workers: list[int], weights: list[int]) -> list[Repl
 
 
 @st.composite
-def tables(draw: st.DrawFn, *, num_experts: int, version: int = 1) -> RoutingTable:
-    """Any number of workers, any placement, any shares."""
+def tables(draw: st.DrawFn, *, num_experts: int, version: int = 1, is_by_phase: bool = False) -> RoutingTable:
+    """Any number of workers, any placement, any shares, and by phase any worker for any."""
     num_workers = draw(st.integers(1, 4))
+    phases = draw(st.lists(st.sampled_from([*PHASES, None]), min_size=num_workers, max_size=num_workers))
     replicas = []
     for expert_idx in range(num_experts):
         workers = draw(st.lists(st.integers(0, num_workers - 1), min_size=1, max_size=3, unique=True))
@@ -35,6 +37,7 @@ def tables(draw: st.DrawFn, *, num_experts: int, version: int = 1) -> RoutingTab
         num_experts=num_experts,
         worker_ids=[f"expert-{i}" for i in range(num_workers)],
         layers={LAYER: replicas},
+        worker_phases={f"expert-{i}": phase for i, phase in enumerate(phases) if is_by_phase and phase},
     )
 
 

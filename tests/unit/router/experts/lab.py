@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -189,9 +189,19 @@ def twins(version: int = 1, *, names: str = "ab") -> RoutingTable:
     return placed(version, [list(range(len(names)))] * 6, names=names)
 
 
-def placed(version: int, workers_of: list[list[int]], *, names: str) -> RoutingTable:
+def placed(
+    version: int,
+    workers_of: list[list[int]],
+    *,
+    names: str,
+    worker_phases: Mapping[str, Phase] | None = None,
+) -> RoutingTable:
     """Expert i on the workers workers_of[i], in equal shares; workers have names of one letter."""
     replicas = [r for e, workers in enumerate(workers_of) for r in copies(e, workers, [1] * len(workers))]
     return build_table(
-        version=version, num_experts=len(workers_of), worker_ids=list(names), layers={LAYER: replicas}
+        version=version,
+        num_experts=len(workers_of),
+        worker_ids=list(names),
+        layers={LAYER: replicas},
+        worker_phases=worker_phases,
     )

@@ -22,6 +22,7 @@ from tests.unit.router.experts.harness import (
     tables,
     usable_loads,
 )
+from wire.phases import PHASES, Phase
 
 TABLES = tables(num_experts=6, version=1)
 
@@ -225,6 +226,27 @@ def test_loads_change_no_output(given_choices: Choices, table: RoutingTable, loa
     for call in plan.calls:
         add_partial(total_TD, call, partial_sums(given_choices.x_TD[call.token_idx_R], call))
     assert np.array_equal(total_TD.astype(np.float32), plain_combine(given_choices))
+
+
+@given(
+    given_choices=choices(),
+    table=tables(num_experts=6, is_by_phase=True),
+    loads=usable_loads(),
+    phase=st.sampled_from(PHASES),
+)
+def test_rows_leave_the_workers_of_their_phase_only_when_none_of_those_can_be_reached(
+    given_choices: Choices, table: RoutingTable, loads: WorkerLoads, phase: Phase
+) -> None:
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    loads = usable_part(loads, table)
+    choice = choose_replicas(table.routes(LAYER, phase), pairs.expert_idx_A, pairs.token_idx_A, loads)
+    for expert, worker, may_load in zip(
+        pairs.expert_idx_A.tolist(), choice.worker_A.tolist(), choice.may_load_A.tolist(), strict=True
+    ):
+        usable = [w for w in table.routes(LAYER).copies_E[expert] if loads.is_usable_W[w]]
+        own = [w for w in usable if table.worker_phases.get(table.worker_ids[w]) == phase]
+        assert may_load == (not usable)
+        assert worker in (own or usable or np.flatnonzero(loads.is_usable_W))
 
 
 @given(given_choices=choices(), table=TABLES, loads=usable_loads())

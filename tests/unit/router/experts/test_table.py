@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from router.experts.table import Replica, RoutingTable, build_table, table_from_proto, table_to_proto
 from tests.unit.router.experts.harness import LAYER, copies, tables
 from wire.errors import StaleTable
+from wire.phases import PHASES
 
 GOOD = (*copies(0, [0], [1]), *copies(1, [0, 1], [1, 1]))
 
@@ -94,6 +95,39 @@ def test_table_survives_the_wire(table: RoutingTable) -> None:
         assert theirs.share == np.float32(mine.share)
     np.testing.assert_array_equal(got.routes(LAYER).worker_EM, table.routes(LAYER).worker_EM)
     np.testing.assert_allclose(got.routes(LAYER).threshold_EM, table.routes(LAYER).threshold_EM, atol=1e-6)
+
+
+PHASED = build_table(
+    version=9,
+    num_experts=3,
+    worker_ids=["a", "b", "c"],
+    layers={LAYER: [*copies(0, [0, 1, 2], [1, 3, 4]), *copies(1, [2], [1]), *copies(2, [0], [1])]},
+    worker_phases={"a": "prefill", "b": "prefill", "c": "decode"},
+)
+
+
+def test_rows_of_a_phase_go_to_its_workers_in_their_own_proportion() -> None:
+    prefill, decode = (PHASED.routes(LAYER, phase) for phase in PHASES)
+    assert prefill.copies_E == ((0, 1), (2,), (0,))
+    assert [r.share for r in prefill.replicas if r.expert_idx == 0] == [0.25, 0.75]
+    assert decode.copies_E == ((2,), (2,), (0,)), "an expert that none of them holds keeps its copies"
+    assert PHASED.routes(LAYER).copies_E == ((0, 1, 2), (2,), (0,))
+    assert prefill.spare is decode.spare is PHASED.routes(LAYER)
+
+
+def test_every_worker_takes_the_rows_of_both_phases_unless_told_otherwise() -> None:
+    table = _build(*GOOD)
+    assert table.routes(LAYER, "prefill") is table.routes(LAYER, "decode") is table.routes(LAYER)
+
+
+def test_phases_travel_and_unknown_ones_are_refused() -> None:
+    message = table_to_proto(PHASED)
+    got = table_from_proto(message)
+    assert got.worker_phases == PHASED.worker_phases
+    assert got.routes(LAYER, "prefill").copies_E == PHASED.routes(LAYER, "prefill").copies_E
+    message.worker_phases["c"] = "both"
+    with pytest.raises(StaleTable, match="'both'"):
+        table_from_proto(message)
 
 
 def test_layers_keep_their_indices_on_the_wire() -> None:
