@@ -3,7 +3,7 @@
 Letters: L layers, E logical experts, W workers, X slots of one worker in one layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cluster.balance.types import EMPTY, Floats, Ints
 from wire.errors import ConfigError
+from wire.phases import PHASES, Phase
 
 
 def check_loads(loads: npt.NDArray[Any]) -> Floats:
@@ -29,6 +30,30 @@ def check_loads(loads: npt.NDArray[Any]) -> Floats:
         given = f"{loads_LE[layer, expert]} for layer {layer}, expert {expert} ({len(bad)} such)"
         raise ConfigError(field="--loads", wanted="finite loads >= 0", given=given)
     return loads_LE
+
+
+def check_phase_loads(loads: npt.NDArray[Any]) -> Mapping[Phase, Floats]:
+    """Phase -> (L, E) loads as float64.
+
+    Raises:
+        ConfigError: they are not numbers (2, L, E), finite and >= 0.
+    """
+    if loads.ndim != 3 or len(loads) != len(PHASES):
+        wanted = "numbers of shape (2, layers, experts) with --by-phase"
+        raise ConfigError(field="--loads", wanted=wanted, given=f"shape {loads.shape}")
+    return {phase: check_loads(loads_LE) for phase, loads_LE in zip(PHASES, loads, strict=True)}
+
+
+def phases_from_list(phases: object) -> list[Phase]:
+    """The phase of each worker of an earlier plan; none where it was one for both.
+
+    Raises:
+        ConfigError: it is no list of phases.
+    """
+    known = {phase: phase for phase in PHASES}
+    if not isinstance(phases, list) or not set(map(str, phases)) <= set(known):
+        raise _refusal(f"phases out of {', '.join(PHASES)}, one for each worker", repr(phases)[:80])
+    return [known[phase] for phase in phases]
 
 
 def check_capacity(num_experts: int, *, num_workers: int, num_nodes: int, num_slots: int) -> None:

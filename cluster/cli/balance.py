@@ -11,10 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.balance_phases import balance_phases, show_phases
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.balance.types import Floats, Ints
+    import numpy.typing as npt
+
+    from cluster.balance.types import Fleet, Floats, Ints
 
 Report = Mapping[str, Any]
 
@@ -33,20 +36,34 @@ def balance(  # noqa: PLR0913, PLR0917 - one parameter a flag
     previous: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Plan in force; few copies move from it.")
     ] = None,
+    by_phase: Annotated[
+        bool,
+        typer.Option("--by-phase", help="Loads are (2, layers, experts), prefill first: a plan for each."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, for machines.")] = False,
 ) -> None:
     """Plan the replicas of every expert and their workers; say how level it is and what moves."""
-    from cluster.balance.inputs import check_capacity, plan_from_lists
+    from cluster.balance.inputs import check_capacity, check_loads, plan_from_lists
 
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise ConfigError(field="--out", wanted="a file in a directory that can be written", given=str(out))
-    loads_LE = _read_loads(loads)
+    if by_phase:
+        if groups is not None:
+            raise ConfigError(field="--groups", wanted="none with --by-phase", given=str(groups))
+        fleet = _fleet((workers, slots), nodes)
+        before = None if previous is None else _read_plan(previous)
+        plan, found = balance_phases(_read_array(loads), fleet, num_nodes=nodes, previous=before)
+        out.write_text(json.dumps(plan))
+        report = {"out": str(out), **found}
+        typer.echo(json.dumps(report)) if as_json else show_phases(report)
+        return
+    loads_LE = check_loads(_read_array(loads))
     num_layers, num_experts = loads_LE.shape
     check_capacity(num_experts, num_workers=workers, num_nodes=nodes, num_slots=slots)
     previous_LWX = None
     if previous is not None:
         previous_LWX = plan_from_lists(
-            _read_phy2log(previous),
+            _read_plan(previous)["phy2log"],
             num_layers=num_layers,
             num_experts=num_experts,
             fleet_shape=(workers, slots),
@@ -64,6 +81,15 @@ def balance(  # noqa: PLR0913, PLR0917 - one parameter a flag
     typer.echo(json.dumps(report)) if as_json else _show(report)
 
 
+def _fleet(fleet_shape: tuple[int, int], num_nodes: int) -> "Fleet":
+    import numpy as np
+
+    from cluster.balance.types import Fleet
+
+    num_workers, num_slots = fleet_shape
+    return Fleet(num_slots=num_slots, domain_W=np.arange(num_workers) // (num_workers // num_nodes))
+
+
 def _plan(
     loads_LE: "Floats",
     fleet_shape: tuple[int, int],
@@ -72,16 +98,13 @@ def _plan(
     previous_LWX: "Ints | None",
 ) -> "tuple[Ints, bool]":
     """(L, W, X) plan, and whether groups stay on nodes: with several nodes that share the groups evenly."""
-    import numpy as np
-
     from cluster.balance.grouped import Nodes, plan_grouped
     from cluster.balance.homes import plan_homes
     from cluster.balance.inputs import check_groups
-    from cluster.balance.types import Fleet
 
     num_workers, num_slots = fleet_shape
     if num_groups is None or num_nodes == 1 or num_groups % num_nodes:
-        fleet = Fleet(num_slots=num_slots, domain_W=np.arange(num_workers) // (num_workers // num_nodes))
+        fleet = _fleet(fleet_shape, num_nodes)
         return plan_homes(loads_LE, fleet, previous_LWX=previous_LWX), False
     check_groups(loads_LE.shape[1], num_groups=num_groups, num_nodes=num_nodes, num_slots=num_slots)
     nodes = Nodes(num_nodes=num_nodes, num_workers=num_workers, num_slots=num_slots, num_groups=num_groups)
@@ -129,10 +152,8 @@ def _balance(load_LW: "Floats") -> dict[str, float]:
     return {"mean": float(balance_L.mean()), "worst_layer": float(balance_L.min())}
 
 
-def _read_loads(path: Path) -> "Floats":
+def _read_array(path: Path) -> "npt.NDArray[Any]":
     import numpy as np
-
-    from cluster.balance.inputs import check_loads
 
     try:
         loads = np.load(path, allow_pickle=False)
@@ -141,10 +162,10 @@ def _read_loads(path: Path) -> "Floats":
         raise ConfigError(field="--loads", wanted="a file of numpy.save", given=given) from error
     if not isinstance(loads, np.ndarray):
         raise ConfigError(field="--loads", wanted="a file of numpy.save", given=f"{path}: several arrays")
-    return check_loads(loads)
+    return loads
 
 
-def _read_phy2log(path: Path) -> object:
+def _read_plan(path: Path) -> dict[str, Any]:
     try:
         read = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -152,7 +173,7 @@ def _read_phy2log(path: Path) -> object:
         raise ConfigError(field="--previous", wanted="a JSON file of moray balance", given=given) from error
     if not isinstance(read, dict) or "phy2log" not in read:
         raise ConfigError(field="--previous", wanted='an object with the key "phy2log"', given=str(path))
-    return read["phy2log"]
+    return read
 
 
 def _show(report: Report) -> None:

@@ -88,9 +88,47 @@ def test_table_for_people_names_balance_and_moves(tmp_path: Path) -> None:
     assert "copies move" in result.stdout
 
 
+BY_PHASE = ("--slots", "4", "--by-phase")
+
+
+def phase_loads() -> np.ndarray:
+    """Three times as many rows of prefill, of other experts."""
+    return np.stack([3 * loads(0), loads(1)])
+
+
+def test_phases_are_planned_apart_in_proportion_and_as_reported(tmp_path: Path) -> None:
+    report = json.loads(run(tmp_path, phase_loads(), *BY_PHASE, "--json").stdout)
+    written = json.loads((tmp_path / "plan.json").read_text())
+    plan = np.array(written["phy2log"]).reshape(LAYERS, WORKERS, 4)
+    # 16 experts in 4 slots each: a phase needs four workers, however few rows it has.
+    assert written["phases"] == ["prefill"] * 4 + ["decode"] * 4
+    for phase, loads_LE in zip(("prefill", "decode"), phase_loads(), strict=True):
+        own = plan[:, [of == phase for of in written["phases"]]]
+        assert (count_replicas(own, EXPERTS) > 0).all()
+        found, level = report["phases"][phase], balance_of(worker_loads(loads_LE, own))
+        assert found["workers"] == own.shape[1]
+        assert found["balance"] == pytest.approx({"mean": level.mean(), "worst_layer": level.min()})
+        assert found["balance"]["mean"] > found["balance_in_joint_plan"]["mean"]
+
+
+def test_phases_follow_their_previous_plan(tmp_path: Path) -> None:
+    run(tmp_path, phase_loads(), "--slots", "8", "--by-phase", out="first.json")
+    swapped = ("--slots", "8", "--by-phase", "--previous", str(tmp_path / "first.json"), "--json")
+    report = json.loads(run(tmp_path, phase_loads() * 1.01, *swapped).stdout)
+    first, second = (json.loads((tmp_path / name).read_text()) for name in ("first.json", "plan.json"))
+    assert first["phases"] == second["phases"]
+    assert first["phases"].count("prefill") == 6
+    assert report["moved_share"] < 0.1
+    assert "copies move" in run(tmp_path, phase_loads(), *swapped[:-1]).stdout
+
+
 @pytest.mark.parametrize(
     ("array", "options", "message"),
     [
+        (loads(), BY_PHASE, r"'--loads': wanted numbers of shape \(2, layers, experts\)"),
+        (-phase_loads(), BY_PHASE, r"'--loads': wanted finite loads >= 0"),
+        (phase_loads(), ("--slots", "3", "--by-phase"), r"'--workers': wanted 6 workers for each phase"),
+        (phase_loads(), (*BY_PHASE, "--groups", "4"), r"'--groups': wanted none with --by-phase"),
         (loads()[0], (), r"'--loads': wanted numbers of shape \(layers, experts\); got shape \(16,\)"),
         (np.array([["a"]]), (), r"'--loads': wanted numbers of shape"),
         (
