@@ -36,6 +36,7 @@ from model.checkpoint import Checkpoint
 from model.make import make_checkpoint
 from wire.metrics import Metrics
 from workers.attention.build import EngineConfig, build_whole_engine
+from workers.attention.draft_record import DraftRecord
 from workers.attention.drafter import Drafter, Speculation
 from workers.attention.engine import Engine
 from workers.attention.speculation import DraftPolicy, DraftRules
@@ -54,8 +55,8 @@ class Result:
     """One batch size and one chance."""
 
     batch: int
-    chance: float
-    """Of a draft to be right, if those before it were."""
+    chances: tuple[float, ...]
+    """Of a draft to be right, if those before it were: of the sequences in turn."""
     drafts: float
     """Of a sequence and step, on average."""
     plain_tokens_per_s: float
@@ -88,7 +89,8 @@ class Forced:
         self.policy: DraftPolicy | None = None
         """None = no drafts, and no run of the MTP layer."""
         self.texts: Texts = {}
-        self.chance = 0.0
+        self.chances: tuple[float, ...] = (0.0,)
+        """Of the prompts in turn."""
         self.steps: list[Ended] = []
         self._rng = random.Random(SEED)
 
@@ -117,6 +119,10 @@ class Forced:
         """The policy's choice."""
         return 0 if self.policy is None else self.policy.plan_drafts(num_sequences)
 
+    def plan_each(self, num_drafts: int, records: Sequence[DraftRecord]) -> list[int]:
+        """The policy's choice."""
+        return [0] * len(records) if self.policy is None else self.policy.plan_each(num_drafts, records)
+
     def on_step(
         self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
     ) -> None:
@@ -131,13 +137,14 @@ class Forced:
     def _replace(self, sequence: SequenceState, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
         text = self.texts[sequence.spec.token_ids]
         truth = text[sequence.num_new_tokens : sequence.num_new_tokens + len(draft_ids)]
-        return tuple(token if self._rng.random() < self.chance else token ^ 1 for token in truth)
+        chance = self.chances[list(self.texts).index(sequence.spec.token_ids) % len(self.chances)]
+        return tuple(token if self._rng.random() < chance else token ^ 1 for token in truth)
 
 
 def main(  # noqa: PLR0913, PLR0917 - one parameter a flag
     model: Annotated[str, typer.Option(help="Checkpoint, or a model in the box; empty = made here.")] = "",
     dtype: Annotated[DtypeName, typer.Option()] = "int8",
-    chances: Annotated[str, typer.Option(help="With commas between.")] = "0,0.6",
+    chances: Annotated[str, typer.Option(help="With commas between; 0/0.8 = of prompts in turn.")] = "0,0.6",
     batches: Annotated[str, typer.Option(help="With commas between.")] = "1,8",
     max_drafts: Annotated[int, typer.Option(min=1, max=4)] = 3,
     new_tokens: Annotated[int, typer.Option(min=16)] = 64,
@@ -157,8 +164,8 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter a flag
     with drafting_engine(model, dtype, max_drafts=max_drafts, threads=threads) as (engine, forced):
         for batch in map(int, batches.split(",")):
             prompts = random_prompts(batch, num_tokens=PROMPT_TOKENS, vocab_size=vocab_size, seed=SEED)
-            for chance in map(float, chances.split(",")):
-                forced.chance = chance
+            for asked in chances.split(","):
+                forced.chances = tuple(map(float, asked.split("/")))
                 results.append(measure(engine, forced, prompts, new_tokens=new_tokens, repeats=repeats))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
     report = {"machine": machine, "model": model, "dtype": dtype, "max_drafts": max_drafts, "seed": SEED}
@@ -219,7 +226,7 @@ def measure(
                 drafts.append(statistics.mean(step.num_drafts for step in forced.steps))
     return Result(
         batch=len(prompts),
-        chance=forced.chance,
+        chances=forced.chances,
         drafts=statistics.mean(drafts),
         plain_tokens_per_s=statistics.median(rates[False]),
         drafting_tokens_per_s=statistics.median(rates[True]),
@@ -238,7 +245,7 @@ def show(report: dict[str, object], results: list[Result]) -> None:
     for result in results:
         table.add_row(
             str(result.batch),
-            f"{result.chance:.0%}",
+            ", ".join(f"{chance:.0%}" for chance in result.chances),
             f"{result.drafts:.2f}",
             f"{result.plain_tokens_per_s:.1f}",
             f"{result.drafting_tokens_per_s:.1f}",

@@ -17,6 +17,7 @@ from torch import Tensor
 from model.batch import make_batch
 from model.transformer import Transformer
 from workers.attention.cache import PagedCache
+from workers.attention.draft_record import DraftRecord
 from workers.attention.moe import Experts
 from workers.attention.types import SequenceState
 
@@ -44,12 +45,15 @@ class Policy(Protocol):
     """Says how many tokens to draft; `speculation.DraftPolicy` and what tests put in its place."""
 
     def plan_drafts(self, num_sequences: int) -> int:
-        """How many tokens to draft for each of the sequences of a decode step."""
+        """How many tokens to draft for each of the sequences of a decode step, at most."""
+
+    def plan_each(self, num_drafts: int, records: Sequence[DraftRecord]) -> list[int]:
+        """How many of those each sequence gets, by how its drafts did."""
 
     def on_step(
         self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
     ) -> None:
-        """Learns from a step of sequences that decoded; `accepted` is of those with all their drafts."""
+        """Learns from a step of sequences that decoded; `accepted` is of those that got what was planned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """One step of the model: the rows of some sequences, and new tokens for each that has no more to compute."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -20,7 +20,7 @@ from workers.attention.moe import Experts
 from workers.attention.sampler import Turn, sample_tokens
 from workers.attention.scheduler import StepLimits, split_step
 from workers.attention.speculation import accept_drafts
-from workers.attention.types import ChosenToken, Phase, SequenceState, Source
+from workers.attention.types import ChosenToken, Key, Phase, SequenceState, Source
 
 Running = Sequence[tuple[SequenceState, int]]
 """(sequence, tokens to compute, >= 1) of one step."""
@@ -28,8 +28,8 @@ Running = Sequence[tuple[SequenceState, int]]
 MAX_LATE_ROWS = 256
 """Rows that the MTP layer may be behind, all sequences together, while nothing is drafted."""
 
-MIN_ALIKE = 0.75
-"""Share of a step's sequences that must have all drafts, or its time says nothing about them."""
+MIN_PLANNED = 0.75
+"""Share of a step's sequences that must have the drafts planned, or its time says nothing about them."""
 
 MAX_SENT_ROWS = 512
 """Rows of the MTP layer that are handed to another worker at a time."""
@@ -58,6 +58,26 @@ class _Rows:
         return self.num_tokens == self.sequence.num_pending_tokens
 
 
+@dataclass(frozen=True)
+class _DraftPlan:
+    """How many tokens a step drafts."""
+
+    num_drafts: int = 0
+    """Of each sequence, at most."""
+    key_to_num: Mapping[Key, int] = field(default_factory=dict)
+    """Of each that decodes."""
+
+    @property
+    def is_drafting(self) -> bool:
+        return any(self.key_to_num.values())
+
+    def num_drafts_of(self, sequence: SequenceState) -> int:
+        return self.key_to_num.get(sequence.spec.key, 0)
+
+
+_NO_DRAFTS = _DraftPlan()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRunner:
     """Runs steps on the engine's thread; of a sequence it changes `num_cached_tokens` and `hidden_rows`."""
@@ -78,9 +98,9 @@ class StepRunner:
         """
         began_s = time.perf_counter()
         self.experts.begin_step(step_phase(running))
-        num_drafts = self._plan_drafts(running)
+        plan = self._plan_drafts(running)
         drafting_s = time.perf_counter()
-        step = self._draft(running, num_drafts)
+        step = self._draft(running, plan)
         parts = split_step([rows.num_rows for rows in step], micro_batches=self.limits.micro_batches)
         micro_batches = [self._micro_batch(step[begin:end]) for begin, end in parts]
         hidden_TD = torch.cat(self.transformer.forward_all(micro_batches, self.experts))
@@ -92,19 +112,19 @@ class StepRunner:
         self._advance_all(step, new_tokens, hidden_TD)
         self._finish_prefills(ready)
         ended_s = time.perf_counter()
-        self._learn(step, new_tokens, num_drafts, seconds=ended_s - drafting_s)
+        self._learn(step, new_tokens, plan, seconds=ended_s - drafting_s)
         self.metrics.histogram("step_seconds").observe(ended_s - began_s)
         self.metrics.histogram("step_tokens").observe(hidden_TD.shape[0])
         return ready
 
-    def _plan_drafts(self, running: Running) -> int:
+    def _plan_drafts(self, running: Running) -> _DraftPlan:
         """Tokens to draft for each sequence that decodes; the MTP layer has seen all prompts afterwards.
 
         While nothing is drafted, what is generated waits for the next try; many sequences do not wait so
         long, for running over all of their rows would cost more than the try is worth.
         """
         if self.speculation is None:
-            return 0
+            return _NO_DRAFTS
         drafter, policy = self.speculation.drafter, self.speculation.policy
         decoding = [sequence for sequence, _ in running if sequence.phase is Phase.DECODE]
         num_drafts = 0
@@ -115,20 +135,24 @@ class StepRunner:
         drafter.catch_up(
             [s for s, _ in running if s.phase is not Phase.DECODE or s.num_new_tokens == 1], max_rows=1
         )
-        if num_drafts:
-            drafter.catch_up(decoding, max_rows=1 + num_drafts)
-        elif decoding:
-            drafter.forget(decoding, max_rows=max(MAX_LATE_ROWS // len(decoding), 1))
-        return num_drafts
+        each = policy.plan_each(num_drafts, [s.draft_record for s in decoding])
+        drafting = [sequence for sequence, num in zip(decoding, each, strict=True) if num]
+        resting = [sequence for sequence, num in zip(decoding, each, strict=True) if not num]
+        if drafting:
+            drafter.catch_up(drafting, max_rows=1 + num_drafts)
+        if resting:
+            drafter.forget(resting, max_rows=max(MAX_LATE_ROWS // len(decoding), 1))
+        key_to_num = {s.spec.key: num for s, num in zip(decoding, each, strict=True)}
+        return _DraftPlan(num_drafts, key_to_num)
 
-    def _draft(self, running: Running, num_drafts: int) -> list[_Rows]:
+    def _draft(self, running: Running, plan: _DraftPlan) -> list[_Rows]:
         """The step's rows; drafts fit in its tokens, in the pages and in what may still be generated."""
-        if self.speculation is None or num_drafts == 0:
+        if self.speculation is None or not plan.is_drafting:
             return [_Rows(sequence=sequence, num_tokens=num_tokens) for sequence, num_tokens in running]
         budget_tokens = self.limits.max_step_tokens - sum(num_tokens for _, num_tokens in running)
         wanted = []
         for sequence, _ in running:
-            most = min(num_drafts, budget_tokens, self._most_drafts(sequence))
+            most = min(plan.num_drafts_of(sequence), budget_tokens, self._most_drafts(sequence))
             wanted.append(max(most, 0))
             budget_tokens -= wanted[-1]
         drafts = self.speculation.drafter.draft([sequence for sequence, _ in running], wanted)
@@ -235,22 +259,26 @@ class StepRunner:
         self,
         step: Sequence[_Rows],
         new_tokens: Sequence[tuple[ChosenToken, ...]],
-        num_drafts: int,
+        plan: _DraftPlan,
         *,
         seconds: float,
     ) -> None:
-        """Counts drafts, and tells the policy of a step in which nearly all sequences decoded alike."""
+        """Counts drafts, and tells the policy of a step in which nearly all sequences decoded as planned."""
         if self.speculation is None:
             return
         for rows, tokens in zip(step, new_tokens, strict=True):
             for position in range(len(rows.draft_ids)):
                 outcome = "accepted" if position < len(tokens) - 1 else "rejected"
                 self.metrics.counter("drafts_total", position=str(position + 1), outcome=outcome).inc()
+            if rows.sequence.phase is Phase.DECODE:
+                rows.sequence.draft_record.on_step(len(rows.draft_ids), len(tokens) - 1)
         # Some are at their end, or have just come from another worker.
-        alike = [len(r.draft_ids) == num_drafts for r in step]
-        if all(r.sequence.phase is Phase.DECODE for r in step) and sum(alike) >= MIN_ALIKE * len(step):
-            accepted = [len(tokens) - 1 for tokens, is_so in zip(new_tokens, alike, strict=True) if is_so]
-            self.speculation.policy.on_step(len(step), num_drafts, seconds=seconds, accepted=accepted)
+        is_planned = [len(r.draft_ids) == plan.num_drafts_of(r.sequence) for r in step]
+        if all(r.sequence.phase is Phase.DECODE for r in step) and sum(is_planned) >= MIN_PLANNED * len(step):
+            accepted = [
+                len(tokens) - 1 for tokens, is_so in zip(new_tokens, is_planned, strict=True) if is_so
+            ]
+            self.speculation.policy.on_step(len(step), plan.num_drafts, seconds=seconds, accepted=accepted)
 
 
 def step_phase(running: Running) -> phases.Phase:

@@ -8,6 +8,8 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from workers.attention.draft_record import DraftRecord
+
 
 def accept_drafts(
     draft_ids: Sequence[int], chosen_ids: Sequence[int], *, stop_token_ids: frozenset[int], max_tokens: int
@@ -102,7 +104,7 @@ class DraftPolicy:
         self._sizes: dict[int, _Size] = {}
 
     def plan_drafts(self, num_sequences: int) -> int:
-        """How many tokens to draft for each of the sequences of a decode step, 0 to max_drafts."""
+        """How many tokens to draft for each of the sequences of a decode step at most, 0 to max_drafts."""
         size = self._size(num_sequences)
         size.until_choice -= 1
         if size.until_choice < 0:
@@ -116,6 +118,16 @@ class DraftPolicy:
         is_down = size.best == self.max_drafts or (size.best > 0 and not size.probes_up)
         return size.best - 1 if is_down else size.best + 1
 
+    def plan_each(self, num_drafts: int, records: Sequence[DraftRecord]) -> list[int]:
+        """How many of those each sequence gets, by how its drafts did.
+
+        What is spared counts as not accepted, so both sides of the choice of a number are of such steps. One
+        sequence alone needs no record: all that was measured is of steps like its own.
+        """
+        if len(records) == 1:
+            return [num_drafts]
+        return [record.plan_drafts(num_drafts) for record in records]
+
     def on_step(
         self, num_sequences: int, num_drafts: int, *, seconds: float, accepted: Sequence[int]
     ) -> None:
@@ -123,9 +135,9 @@ class DraftPolicy:
 
         Args:
             num_sequences: that decoded.
-            num_drafts: of each sequence, as planned.
+            num_drafts: of each sequence at most, as planned.
             seconds: of the whole step.
-            accepted: of each sequence that had all its drafts: how many stood.
+            accepted: of each sequence that had all the drafts that `plan_each` gave it: how many stood.
         """
         size = self._size(num_sequences)
         size.seconds[num_drafts].append(seconds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from wire.errors import MorayError
 from wire.frames import Array
 from workers.attention.cold_pages import Fetch
+from workers.attention.draft_record import DraftRecord
 from workers.attention.grammar import GrammarMatcher
 from workers.attention.hidden_rows import HiddenRows
 
@@ -249,6 +250,8 @@ class SequenceState:
     """Tokens of the prompt whose log-probabilities were told."""
     hidden_rows: HiddenRows = field(default_factory=HiddenRows)
     """What the MTP layer has not run over yet; empty where nothing is drafted."""
+    draft_record: DraftRecord = field(default_factory=DraftRecord)
+    """How its drafts did."""
 
     @property
     def is_fetching(self) -> bool:

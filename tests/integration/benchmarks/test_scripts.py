@@ -109,6 +109,6 @@ def test_speculation_compares_with_drafts_and_without() -> None:
     done = run_script("speculation", "--model", "nano", *flags, "--max-drafts", "1", "--json")
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
-    assert (result["batch"], result["chance"]) == (1, 1.0)
+    assert (result["batch"], result["chances"]) == (1, [1.0])
     assert 0 < result["drafts"] <= 1
     assert result["ratio"] > 0

@@ -32,6 +32,7 @@ from wire.proto import (
 )
 from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD, SCORE_METHOD, SERVER_OPTIONS
 from workers.attention.build import EngineConfig
+from workers.attention.draft_record import DraftRecord
 from workers.attention.drafter import Speculation
 from workers.attention.server import AttentionServer, AttentionSettings
 from workers.attention.speculation import DraftPolicy, DraftRules
@@ -54,6 +55,9 @@ class AlwaysDrafts(DraftPolicy):
 
     def plan_drafts(self, num_sequences: int) -> int:
         return self.max_drafts
+
+    def plan_each(self, num_drafts: int, records: Sequence[DraftRecord]) -> list[int]:
+        return [num_drafts] * len(records)
 
 
 def _always_draft(speculation: Speculation) -> Speculation:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.reference_data import goldens
 from tests.unit.workers.attention.harness import Lab, make_spec, open_engine
 from tests.unit.workers.attention.test_engine_text import mixed_prompts
+from workers.attention.draft_record import DraftRecord
 from workers.attention.drafter import Drafter, Speculation
 from workers.attention.scoring import ScoreSpec
 from workers.attention.speculation import DraftPolicy, DraftRules
@@ -57,6 +58,16 @@ class Oracle:
 
 class AlwaysDrafts(DraftPolicy):
     """As many drafts as there may be, in every step."""
+
+    def plan_drafts(self, num_sequences: int) -> int:
+        return self.max_drafts
+
+    def plan_each(self, num_drafts: int, records: Sequence[DraftRecord]) -> list[int]:
+        return [num_drafts] * len(records)
+
+
+class SparingDrafts(DraftPolicy):
+    """As many drafts as there may be in every step, but for sequences whose drafts rarely stand."""
 
     def plan_drafts(self, num_sequences: int) -> int:
         return self.max_drafts
@@ -141,6 +152,33 @@ def test_mixed_prompts_give_the_text_that_they_give_without_drafts(
     assert chance == 0.0 or accepted > 0
     assert chance == 1.0 or rejected > 0
     assert chance != 0.0 or accepted == 0
+
+
+class RightForOne(Oracle):
+    """Always right about the first prompt, always wrong about the others."""
+
+    def _replace(self, sequence: SequenceState, draft_ids: tuple[int, ...]) -> tuple[int, ...]:
+        self._chance = 1.0 if sequence.spec.token_ids == next(iter(self._texts)) else 0.0
+        return super()._replace(sequence, draft_ids)
+
+
+@pytest.mark.parametrize("num_late_rows", [256, 1])
+def test_sequence_whose_drafts_never_stand_is_spared_them_and_no_text_changes(
+    num_late_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tries begin anew, whether or not the rows of the layer were kept meanwhile."""
+    monkeypatch.setattr("workers.attention.runner.MAX_LATE_ROWS", num_late_rows)
+    prompts = [[5, 6, i] for i in range(7, 10)]
+    with open_engine("mtp") as lab:
+        alone = [lab.run(prompt, max_tokens=90) for prompt in prompts]
+    texts = {tuple(prompt): text for prompt, text in zip(prompts, alone, strict=True)}
+    rejected = {}
+    for policy in (AlwaysDrafts, SparingDrafts):
+        with open_drafting(policy=policy, wrap=lambda inner: RightForOne(inner, texts, chance=0.0)) as lab:
+            assert together(lab, prompts, max_tokens=90) == alone
+            assert drafts(lab, "accepted") >= 60
+            rejected[policy] = drafts(lab, "rejected")
+    assert 0 < rejected[SparingDrafts] < rejected[AlwaysDrafts] / 5
 
 
 @pytest.mark.parametrize("stop_at", range(1, 9))
