@@ -34,6 +34,7 @@ _HEADER = struct.Struct("<4sBBHQQiIII")
 _TENSOR = struct.Struct("<BBH4I")
 _CRC = struct.Struct("<I")
 _CRC_AT = struct.calcsize("<4sBBHQQiI")
+_FLAGS_AT = struct.calcsize("<4sB")
 _MAGIC = b"MRY2"
 _MAX_DIMS = 4
 _NUM_SHAPES = 1024
@@ -179,6 +180,11 @@ def decode_frame(data: Buffer) -> Frame:
         )
     except (struct.error, ValueError, IndexError) as error:
         raise FrameInvalid(f"frame of {len(data)} bytes cannot be read: {error}", field="layout") from error
+
+
+def is_body_summed(data: Buffer) -> bool:
+    """Whether the checksum of a frame covers its body, too; of bytes that `decode_frame` has read."""
+    return not data[_FLAGS_AT] & _FLAG_BODY_NOT_SUMMED
 
 
 @lru_cache(maxsize=_NUM_SHAPES)

@@ -120,6 +120,8 @@ class DispatchConfig(FrozenConfig):
 
     transport: Literal["auto", "grpc", "local"] = "auto"
     """What carries calls: auto = shared memory within a host and gRPC between hosts (docs/transports.md)."""
+    local_checksum: bool = False
+    """Whether frames in shared memory have a checksum of their tensors, too: the bytes never leave memory."""
     payload: Literal["float32", "bfloat16", "fp8"] = "float32"
     """How rows travel; fp8 = E4M3 with one scale for 128 values (docs/transports.md has their errors)."""
     combine: Literal["exact", "fp32", "bf16"] = "exact"

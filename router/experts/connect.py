@@ -16,7 +16,9 @@ _log = logging.getLogger(__name__)
 TransportKind = Literal["auto", "grpc", "local"]
 
 
-def make_transport(kind: TransportKind, handshake: Handshake, metrics: Metrics) -> PeerTransport:
+def make_transport(
+    kind: TransportKind, handshake: Handshake, metrics: Metrics, *, local_checksum: bool = False
+) -> PeerTransport:
     """The transport of an attention worker.
 
     Args:
@@ -24,15 +26,19 @@ def make_transport(kind: TransportKind, handshake: Handshake, metrics: Metrics) 
             whoever listens on this host; both take gRPC where that cannot be had, and count it.
         handshake: what the worker must agree with.
         metrics: of the attention worker.
+        local_checksum: whether frames in shared memory have a checksum of their tensors, too.
     """
-    return PeerTransport(_Connector(kind, handshake, metrics).connect)
+    return PeerTransport(_Connector(kind, handshake, metrics, local_checksum=local_checksum).connect)
 
 
 class _Connector:
     """Makes the stream to a worker."""
 
-    def __init__(self, kind: TransportKind, handshake: Handshake, metrics: Metrics) -> None:
+    def __init__(
+        self, kind: TransportKind, handshake: Handshake, metrics: Metrics, *, local_checksum: bool
+    ) -> None:
         self._kind = kind
+        self._local_checksum = local_checksum
         self._handshake = handshake
         self._metrics = metrics
         self._without_socket: set[str] = set()
@@ -43,7 +49,13 @@ class _Connector:
         if self._kind == "grpc" or (self._kind == "auto" and not is_this_host(address)):
             return self._grpc(worker_id, address)
         try:
-            return LocalPeer(worker_id, address=address, handshake=self._handshake, metrics=self._metrics)
+            return LocalPeer(
+                worker_id,
+                address=address,
+                handshake=self._handshake,
+                metrics=self._metrics,
+                is_summed=self._local_checksum,
+            )
         except WorkerLost as error:
             self._metrics.counter("dispatch_fallbacks_total").inc()
             if address not in self._without_socket:

@@ -28,13 +28,23 @@ _MIN_BYTES = 1 << 16
 class LocalPeer:
     """One connection; a reader thread resolves the futures, the first error fails them all."""
 
-    def __init__(self, worker_id: str, *, address: str, handshake: Handshake, metrics: Metrics) -> None:
+    def __init__(
+        self, worker_id: str, *, address: str, handshake: Handshake, metrics: Metrics, is_summed: bool = False
+    ) -> None:
         """Connects, without waiting for the worker.
+
+        Args:
+            worker_id: the worker.
+            address: of its gRPC server.
+            handshake: what it must agree with.
+            metrics: of the attention worker.
+            is_summed: whether checksums cover the tensors of calls, and so of answers, too.
 
         Raises:
             WorkerLost: no such worker is on this host.
         """
         self.address = address
+        self._is_summed = is_summed
         self._name = f"expert worker {worker_id} at {address}"
         self._metrics = metrics
         self._calls = OpenCalls(self._name)
@@ -54,7 +64,7 @@ class LocalPeer:
         call_id, future = self._calls.open()
         if future.done():
             return future
-        parts = frame_parts(frame, call_id=call_id, is_summed=False)
+        parts = frame_parts(frame, call_id=call_id, is_summed=self._is_summed)
         num_bytes = sum(map(len, parts))
         block, file = self._blocks.take(max(num_bytes, max_reply_bytes(frame)))
         block.write(parts, num_bytes=num_bytes)

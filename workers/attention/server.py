@@ -99,8 +99,10 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         )
         page_tokens = settings.engine.kv.page_tokens
         self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
-        self._transport = make_transport(settings.dispatch.transport, self._handshake, self.metrics)
         dispatch = settings.dispatch
+        self._transport = make_transport(
+            dispatch.transport, self._handshake, self.metrics, local_checksum=dispatch.local_checksum
+        )
         self._dispatcher = ExpertDispatcher(
             self._transport,
             rules=DispatchRules(

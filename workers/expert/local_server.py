@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from wire.errors import FrameInvalid, InternalError, MorayError
-from wire.frames import Frame, decode_frame, frame_parts
+from wire.frames import Frame, decode_frame, frame_parts, is_body_summed
 from wire.handshake import Handshake, check_handshake
 from wire.same_host import (
     Block,
@@ -126,13 +126,14 @@ class _Connection:
         block = self._blocks.get(message.block_id)
         if block is None:
             raise FrameInvalid(f"a call in block {message.block_id}, which never came")
-        frame = decode_frame(block.view(message.frame_bytes))
-        self._submit(frame, lambda answer: self._reply(answer, block))
+        data = block.view(message.frame_bytes)
+        frame, is_summed = decode_frame(data), is_body_summed(data)
+        self._submit(frame, lambda answer: self._reply(answer, block, is_summed=is_summed))
         return True
 
-    def _reply(self, answer: Frame, block: Block) -> None:
-        """Puts the answer where the call was; the caller reads nothing there before it is told."""
-        parts = frame_parts(answer, is_summed=False)
+    def _reply(self, answer: Frame, block: Block, *, is_summed: bool) -> None:
+        """Puts the answer, summed as the call was, in its place; nothing is read there before the message."""
+        parts = frame_parts(answer, is_summed=is_summed)
         num_bytes = sum(map(len, parts))
         if not block.write(parts, num_bytes=num_bytes):
             fault = InternalError(f"an answer of {num_bytes} bytes in a block of {block.num_bytes}")

@@ -1,8 +1,10 @@
 """What every transport must do, whoever is at the other end: one suite, run for each of them."""
 
+import itertools
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +26,12 @@ from tests.integration.router.fake_workers import (
     answer,
 )
 from wire.errors import ExpertNotLoaded, FrameInvalid, WorkerLost
-from wire.frames import Frame, FrameKind, encode_frame
+from wire.frames import Frame, FrameKind, Part, encode_frame
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import control_pb2
+from wire.same_host import Block
+from workers.expert.local_server import LocalServer
 
 HIDDEN = 256
 HANDSHAKE = Handshake(model="f00d")
@@ -277,6 +281,45 @@ def test_answer_that_cannot_be_read_is_refused_and_counted_and_the_next_call_rec
         assert isinstance(error_of(lab.send(call_frame(2))), WorkerLost)
         return
     assert lab.send(call_frame(2)).result(timeout=ANSWER_S).layer_idx == 2
+
+
+def damage_frames(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Flips a bit in the middle of those of the frames that are written to shared memory from now on."""
+    num_written, write = itertools.count(), Block.write
+
+    def damage(block: Block, parts: Iterable[Part], *, num_bytes: int) -> bool:
+        is_written = write(block, parts, num_bytes=num_bytes)
+        if next(num_written) in numbers:
+            block.memory[num_bytes // 2] ^= 1
+        return is_written
+
+    monkeypatch.setattr(Block, "write", damage)
+
+
+@pytest.mark.parametrize("is_summed", [True, False], ids=["summed", "not summed"])
+@pytest.mark.parametrize("number", [0, 1], ids=["call", "answer"])
+def test_damaged_shared_memory_is_found_where_bodies_are_summed(
+    monkeypatch: pytest.MonkeyPatch, number: int, is_summed: bool
+) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        server = LocalServer(address, handshake=HANDSHAKE, submit=lambda call, reply: reply(partial(call)))
+        metrics = Metrics("attention")
+        transport = make_transport("local", HANDSHAKE, metrics, local_checksum=is_summed)
+        transport.update_members(
+            [control_pb2.Member(worker_id="a", role=control_pb2.ROLE_EXPERT, address=address)]
+        )
+        damage_frames(monkeypatch, number)
+        answered = transport.send("a", call_frame())
+        if is_summed:
+            assert isinstance(error_of(answered), FrameInvalid)
+        else:
+            assert error_of(answered) is None
+        again = transport.send("a", call_frame()).result(timeout=ANSWER_S)
+        np.testing.assert_array_equal(again.tensors[0], call_frame().tensors[0])
+        transport.close()
+        server.close()
 
 
 def test_unknown_worker_is_lost(lab: Lab) -> None:

@@ -121,6 +121,7 @@ class Cluster:
     table_version: int = 0
     deadline_s: float = 30.0
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
 
     def __post_init__(self) -> None:
         self.config = Checkpoint.open(self.directory).config
@@ -181,7 +182,7 @@ class Cluster:
         )
         settings = AttentionSettings(
             engine=engine,
-            dispatch=DispatchConfig(deadline_s=self.deadline_s),
+            dispatch=self.dispatch.model_copy(update={"deadline_s": self.deadline_s}),
             controller_address=self.controller.address,
             host=HOST,
         )
@@ -306,6 +307,7 @@ async def open_cluster(
     attention: dict[str, dict[str, Any]] | None = None,
     deadline_s: float = 30.0,
     dtype: Precision = "auto",
+    dispatch: DispatchConfig | None = None,
 ) -> AsyncIterator[Cluster]:
     """A ready cluster; at its end every page is free, and every port and thread is gone."""
     threads_before = set(threading.enumerate())
@@ -313,7 +315,13 @@ async def open_cluster(
     await controller.start()
     directory = shape if isinstance(shape, Path) else checkpoint_dir(shape)
     compute = ComputeConfig(dtype=dtype)
-    cluster = Cluster(directory, controller, deadline_s=deadline_s, compute=compute)
+    cluster = Cluster(
+        directory,
+        controller,
+        deadline_s=deadline_s,
+        compute=compute,
+        dispatch=dispatch or DispatchConfig(),
+    )
     try:
         everyone = range(cluster.config.n_routed_experts)
         for i in range(num_experts):

@@ -1,6 +1,7 @@
 """What workers refuse over the wire: strangers, wrong requests, damaged frames, broken checkpoints."""
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -32,6 +33,7 @@ from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import attention_pb2, control_pb2, expert_pb2
 from wire.rpc import ATTENTION_FRAMES, FORWARD_METHOD, SCORE_METHOD, SERVER_OPTIONS, abort_with
+from wire.same_host import Block
 from workers.attention.build import EngineConfig
 from workers.attention.server import AttentionServer, AttentionSettings
 from workers.config import AttentionConfig, DispatchConfig
@@ -55,6 +57,33 @@ async def forward(cluster: Cluster, handshake: Handshake, data: bytes | None = N
         return [decode_frame(answer) async for answer in answers]
     except grpc.aio.AioRpcError as error:
         raise from_rpc(error) from None
+
+
+def test_damaged_shared_memory_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls and answers in shared memory are damaged now and then; their bodies are summed."""
+    num_written, write = itertools.count(), Block.write
+
+    def damage(block: Block, parts: Any, *, num_bytes: int) -> bool:
+        is_written = write(block, parts, num_bytes=num_bytes)
+        if next(num_written) in {5, 26, 47}:
+            block.memory[num_bytes // 2] ^= 64
+        return is_written
+
+    async def main() -> None:
+        dispatch = DispatchConfig(local_checksum=True, quarantine_s=0.01)
+        async with open_cluster(num_experts=1, dispatch=dispatch) as cluster:
+            await cluster.start_expert("expert-1", range(16))
+            await cluster.push()
+            monkeypatch.setattr(Block, "write", damage)
+            greedy = GOLDEN.tensor("greedy").tolist()
+            assert await cluster.generate(GOLDEN.prompt, max_tokens=len(greedy)) == greedy
+            refused = [
+                cluster.metric(w, "dispatch_retries_total", reason="FrameInvalid") for w in cluster.attention
+            ]
+            assert 0 < sum(refused) <= 3
+            assert next(num_written) > 47
+
+    run_test(main())
 
 
 async def score(cluster: Cluster, handshake: Handshake) -> Any:

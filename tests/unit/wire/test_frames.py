@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wire.errors import FrameInvalid
-from wire.frames import Frame, FrameKind, decode_frame, encode_frame, frame_parts
+from wire.frames import Frame, FrameKind, decode_frame, encode_frame, frame_parts, is_body_summed
 
 DTYPES = ("float32", "float64", "int32", "int64", "uint8", "uint16")
 
@@ -91,6 +91,18 @@ def test_every_damaged_byte_is_refused(position):
 def test_every_truncation_is_refused(num_bytes):
     with pytest.raises(FrameInvalid):
         decode_frame(sample()[:num_bytes])
+
+
+def test_frame_says_whether_its_body_is_summed():
+    for is_summed in (True, False):
+        data = bytearray(b"".join(frame_parts(decode_frame(sample()), is_summed=is_summed)))
+        assert is_body_summed(data) == is_summed
+        data[-1] ^= 1
+        if is_summed:
+            with pytest.raises(FrameInvalid, match="checksum"):
+                decode_frame(data)
+        else:
+            decode_frame(data)
 
 
 def test_every_damage_of_a_long_frame_is_refused():
