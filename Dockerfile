@@ -12,7 +12,7 @@ FROM ${BASE_IMAGE} AS build
 # Unset = pip's own defaults.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
-# Optional extras of the package, e.g. [otel] or [rdma,otel].
+# Optional extras of the package, e.g. [otel] or [nixl,otel].
 ARG EXTRAS=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -c "import ensurepip, venv" 2>/dev/null \

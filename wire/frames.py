@@ -74,6 +74,8 @@ class FrameKind(enum.IntEnum):
     """One named tensor of a scoring call; meta is its name."""
     KV_ALIVE = 7
     """A prefill waits its turn, nothing else is to be said; no tensors, meta is a KvHeader."""
+    KV_PLACED = 8
+    """As KV, without its tensor: meta is a KvHeader that says where the receiver reads the rows over NIXL."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "moray_attention_kv_refused_total", Kind.COUNTER, "Cache frames refused, by reason.", ("reason",)
     ),
     MetricSpec(
+        "moray_attention_kv_frames_total",
+        Kind.COUNTER,
+        "Frames of cache rows, by form: plain; nixl = left to be read; no_room = plain for want of room.",
+        ("form",),
+    ),
+    MetricSpec(
         "moray_attention_kv_transfers_total",
         Kind.COUNTER,
         "Hand-overs that ended, by result: received, local, lost, failed; sent, superseded, cut_off.",

@@ -81,6 +81,10 @@ class KvConfig(FrozenConfig):
     """How latents and rope keys are held; fp8 = latents in E4M3 with factors, rope keys in bfloat16."""
     lease_s: float = Field(4.0, gt=0, le=600)
     """Seconds without a sign of the other worker before a hand-over is given up and its pages are freed."""
+    transport: Literal["grpc", "nixl"] = "grpc"
+    """How rows go from prefill to decode workers; nixl = by UCX, which needs `moray[nixl]` (docs/kv.md)."""
+    nixl_bytes: int = Field(67_108_864, ge=65_536)
+    """With nixl: memory of each worker for rows that leave, and as much again for rows that come."""
     index_keys: Literal["float32", "int8"] = "float32"
     """How the indexer's keys are held; int8 reads a quarter of the bytes and may select other near-ties."""
     prefix_reuse: bool = True

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from wire.proto import common_pb2 as wire_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/attention.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\"\xb4\x02\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fprefill_address\x18\x07 \x01(\t\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x10\n\x08transfer\x18( \x01(\r\x12\x18\n\x10\x66irst_wanted_row\x18) \x01(\r\x12\x10\n\x08priority\x18\x1e \x01(\x11\x12\x0e\n\x06tenant\x18\x1f \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18  \x01(\r\"\xc9\x01\n\rSequenceEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\"\x87\x01\n\x08KvHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x17\n\x0f\x66irst_token_idx\x18\x03 \x01(\r\x12\x10\n\x08transfer\x18\n \x01(\r\x12\x10\n\x08num_rows\x18\x0b \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\"7\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\r2M\n\tAttention\x12@\n\x08Generate\x12\x19.moray.v1.SequenceRequest\x1a\x17.moray.v1.SequenceEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/attention.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\"\xc8\x02\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fprefill_address\x18\x07 \x01(\t\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x10\n\x08transfer\x18( \x01(\r\x12\x18\n\x10\x66irst_wanted_row\x18) \x01(\r\x12\x12\n\nnixl_bytes\x18* \x01(\x04\x12\x10\n\x08priority\x18\x1e \x01(\x11\x12\x0e\n\x06tenant\x18\x1f \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18  \x01(\r\"\xc9\x01\n\rSequenceEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\"\xa9\x01\n\x08KvHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x17\n\x0f\x66irst_token_idx\x18\x03 \x01(\r\x12\x10\n\x08transfer\x18\n \x01(\r\x12\x10\n\x08num_rows\x18\x0b \x01(\r\x12 \n\x05place\x18\x0c \x01(\x0b\x32\x11.moray.v1.KvPlace\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\"\x89\x01\n\x07KvPlace\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\r\x12\x0e\n\x06ticket\x18\x05 \x01(\x04\x12\x11\n\trow_width\x18\x06 \x01(\r\x12\x11\n\trow_dtype\x18\x07 \x01(\t\"7\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\r2M\n\tAttention\x12@\n\x08Generate\x12\x19.moray.v1.SequenceRequest\x1a\x17.moray.v1.SequenceEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.proto.attention_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SEQUENCEREQUEST']._serialized_start=66
-  _globals['_SEQUENCEREQUEST']._serialized_end=374
-  _globals['_SEQUENCEEVENT']._serialized_start=377
-  _globals['_SEQUENCEEVENT']._serialized_end=578
-  _globals['_KVHEADER']._serialized_start=581
-  _globals['_KVHEADER']._serialized_end=716
-  _globals['_SCOREREQUEST']._serialized_start=718
-  _globals['_SCOREREQUEST']._serialized_end=773
-  _globals['_ATTENTION']._serialized_start=775
-  _globals['_ATTENTION']._serialized_end=852
+  _globals['_SEQUENCEREQUEST']._serialized_end=394
+  _globals['_SEQUENCEEVENT']._serialized_start=397
+  _globals['_SEQUENCEEVENT']._serialized_end=598
+  _globals['_KVHEADER']._serialized_start=601
+  _globals['_KVHEADER']._serialized_end=770
+  _globals['_KVPLACE']._serialized_start=773
+  _globals['_KVPLACE']._serialized_end=910
+  _globals['_SCOREREQUEST']._serialized_start=912
+  _globals['_SCOREREQUEST']._serialized_end=967
+  _globals['_ATTENTION']._serialized_start=969
+  _globals['_ATTENTION']._serialized_end=1046
 # @@protoc_insertion_point(module_scope)

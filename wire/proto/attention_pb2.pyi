@@ -33,6 +33,7 @@ class SequenceRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     FIRST_WANTED_ROW_FIELD_NUMBER: _builtins.int
+    NIXL_BYTES_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
@@ -50,6 +51,8 @@ class SequenceRequest(_message.Message):
     """To a prefill worker: which pull of this attempt, from 0; a newer one ends an older one."""
     first_wanted_row: _builtins.int
     """To a prefill worker: the rows before this position are cached at the receiver and are not sent."""
+    nixl_bytes: _builtins.int
+    """To a prefill worker: rows of up to so many bytes may be left for the receiver to read over NIXL; 0 = none."""
     priority: _builtins.int
     """Higher goes first, of those that wait."""
     tenant: _builtins.str
@@ -77,13 +80,14 @@ class SequenceRequest(_message.Message):
         prompt_tokens: _builtins.int = ...,
         transfer: _builtins.int = ...,
         first_wanted_row: _builtins.int = ...,
+        nixl_bytes: _builtins.int = ...,
         priority: _builtins.int = ...,
         tenant: _builtins.str = ...,
         deadline_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "first_wanted_row", b"first_wanted_row", "max_tokens", b"max_tokens", "prefill_address", b"prefill_address", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline_ms", b"deadline_ms", "first_wanted_row", b"first_wanted_row", "max_tokens", b"max_tokens", "nixl_bytes", b"nixl_bytes", "prefill_address", b"prefill_address", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids", "tenant", b"tenant", "token_ids", b"token_ids", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,7 +134,7 @@ Global___SequenceEvent: _TypeAlias = SequenceEvent  # noqa: Y015
 
 @_typing.final
 class KvHeader(_message.Message):
-    """Rides on every KV, KV_ALIVE and FIRST_TOKEN frame; the frame itself has the layer and the checksum."""
+    """Rides on every KV, KV_PLACED, KV_ALIVE and FIRST_TOKEN frame; the frame itself has the layer and the checksum."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -139,6 +143,7 @@ class KvHeader(_message.Message):
     FIRST_TOKEN_IDX_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     NUM_ROWS_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
@@ -147,9 +152,13 @@ class KvHeader(_message.Message):
     transfer: _builtins.int
     """That of the SequenceRequest: frames of another pull are refused."""
     num_rows: _builtins.int
-    """Rows of a KV frame."""
+    """Rows of a KV or KV_PLACED frame."""
     num_cached_tokens: _builtins.int
     """With the first token: leading tokens whose rows the prefill worker had from earlier requests."""
+    @_builtins.property
+    def place(self) -> Global___KvPlace:
+        """Where the rows of a KV_PLACED frame lie."""
+
     def __init__(
         self,
         *,
@@ -158,15 +167,59 @@ class KvHeader(_message.Message):
         first_token_idx: _builtins.int = ...,
         transfer: _builtins.int = ...,
         num_rows: _builtins.int = ...,
+        place: Global___KvPlace | None = ...,
         num_cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "num_cached_tokens", b"num_cached_tokens", "num_rows", b"num_rows", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_token_idx", b"first_token_idx", "num_cached_tokens", b"num_cached_tokens", "num_rows", b"num_rows", "place", b"place", "request_id", b"request_id", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvHeader: _TypeAlias = KvHeader  # noqa: Y015
+
+@_typing.final
+class KvPlace(_message.Message):
+    """Rows that the receiver reads over NIXL; it answers the agent with the ticket, 8 bytes, little-endian."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    AGENT_METADATA_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    ROW_WIDTH_FIELD_NUMBER: _builtins.int
+    ROW_DTYPE_FIELD_NUMBER: _builtins.int
+    agent: _builtins.str
+    agent_metadata: _builtins.bytes
+    """What the receiver's agent must know of this one; in the first frame of a stream that has a place."""
+    address: _builtins.int
+    checksum: _builtins.int
+    """Of the rows' bytes (wire/checksum.py)."""
+    ticket: _builtins.int
+    """Another one for every frame of an agent."""
+    row_width: _builtins.int
+    """Places of a row, and their numpy name."""
+    row_dtype: _builtins.str
+    def __init__(
+        self,
+        *,
+        agent: _builtins.str = ...,
+        agent_metadata: _builtins.bytes = ...,
+        address: _builtins.int = ...,
+        checksum: _builtins.int = ...,
+        ticket: _builtins.int = ...,
+        row_width: _builtins.int = ...,
+        row_dtype: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent", b"agent", "agent_metadata", b"agent_metadata", "checksum", b"checksum", "row_dtype", b"row_dtype", "row_width", b"row_width", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPlace: _TypeAlias = KvPlace  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class AttentionStub:
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
     KV_ALIVE where nothing else is to be said for a while
     /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
@@ -47,7 +47,7 @@ class AttentionStub:
 
 class AttentionServicer:
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
     KV_ALIVE where nothing else is to be said for a while
     /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
@@ -77,7 +77,7 @@ def add_AttentionServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Attention:
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+    /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
     KV_ALIVE where nothing else is to be said for a while
     /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """

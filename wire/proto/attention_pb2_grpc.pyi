@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class AttentionStub:
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
                                          KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
@@ -43,7 +43,7 @@ class AttentionStub:
 @_typing.type_check_only
 class AttentionAsyncStub(AttentionStub):
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
                                          KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """
@@ -54,7 +54,7 @@ class AttentionAsyncStub(AttentionStub):
 
 class AttentionServicer(metaclass=_abc_1.ABCMeta):
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
-      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV frames, layer by layer, then FIRST_TOKEN;
+      /moray.v1.AttentionFrames/Prefill  SequenceRequest -> KV or KV_PLACED frames, layer by layer, then FIRST_TOKEN;
                                          KV_ALIVE where nothing else is to be said for a while
       /moray.v1.AttentionFrames/Score    ScoreRequest    -> SCORES frames, one a tensor
     """

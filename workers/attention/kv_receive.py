@@ -2,7 +2,8 @@
 
 What is not exactly the next piece is refused, and the pull is given up and asked for once more under the next
 fence; when that fails too, the prompt is computed here. A prefill worker that gives no sign for the lease is
-lost: the router must choose another one.
+lost: the router must choose another one. What is asked for again comes in plain frames, also where both sides
+speak NIXL.
 """
 
 import asyncio
@@ -20,13 +21,16 @@ from wire.proto import attention_pb2
 from wire.rpc import CHANNEL_OPTIONS, PREFILL_METHOD
 from workers.attention.engine import Engine
 from workers.attention.kv_receipt import Receipt, Wanted
-from workers.attention.kv_transfer import Fence, decode_transfer
+from workers.attention.kv_transfer import Fence, PlacedRows, decode_transfer
+from workers.attention.nixl_link import NixlLink
 from workers.attention.requests import ask_prefill
 from workers.attention.types import CacheRows, NewToken, SequenceSpec
 
 _log = logging.getLogger(__name__)
 
 _MAX_PULLS = 2
+_READS_PER_LEASE = 4
+"""A read over NIXL may take this part of the lease: there is still time for plain frames."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class KvReceiver:
     handshake: Handshake
     lease_s: float
     metrics: Metrics
+    link: NixlLink | None = None
+    """None = rows come in frames."""
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
 
     async def close(self) -> None:
@@ -83,6 +89,7 @@ class KvReceiver:
         for transfer in range(_MAX_PULLS):
             waited_s = asyncio.get_running_loop().time() - came_s
             asked = ask_prefill(request, first_row=first_row, transfer=transfer, waited_s=waited_s)
+            asked.nixl_bytes = self.link.area_bytes if self.link and transfer == 0 else 0
             try:
                 await self._pull(spec, asked)
             except FrameInvalid as error:
@@ -120,6 +127,8 @@ class KvReceiver:
             except StopAsyncIteration:
                 raise FrameInvalid(f"{fence} ended without a first token", field="truncated") from None
             item = decode_transfer(fence, data)
+            if isinstance(item, PlacedRows):
+                item = await self._read(item)
             if isinstance(item, CacheRows):
                 receipt.accept_rows(item)
                 self.engine.add_rows(spec.key, item)
@@ -127,6 +136,23 @@ class KvReceiver:
                 receipt.accept_token(item.token_id)
                 self.engine.finish_transfer(spec.key, item)
                 return
+
+    async def _read(self, placed: PlacedRows) -> CacheRows:
+        """The rows that a prefill worker left where this frame says.
+
+        Raises:
+            FrameInvalid: they could not be read in time, or are others.
+        """
+        if self.link is None:
+            raise FrameInvalid("rows over NIXL, which was not asked for", field="kind")
+        limit_s = self.lease_s / _READS_PER_LEASE
+        try:
+            async with asyncio.timeout(limit_s):
+                data = await asyncio.wrap_future(self.link.read(placed.place, placed.num_bytes))
+        except TimeoutError:
+            what = f"{placed.num_bytes} bytes of {placed.place.agent}"
+            raise FrameInvalid(f"{what} were not read over NIXL in {limit_s:g} s", field="unread") from None
+        return placed.to_rows(data)
 
     def _wanted(self, spec: SequenceSpec, *, first_row: int) -> Wanted:
         config = self.engine.model

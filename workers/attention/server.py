@@ -40,7 +40,9 @@ from workers.attention.grammar import GrammarCompiler
 from workers.attention.health import HealthRules, Verdict
 from workers.attention.kv_receive import KvReceiver
 from workers.attention.kv_send import KvSender
+from workers.attention.kv_stage import KvStage
 from workers.attention.moe import RemoteExperts
+from workers.attention.nixl_link import open_link
 from workers.attention.relay import EventRelay
 from workers.attention.reports import Reports
 from workers.attention.requests import read_grammar, read_score, read_sequence, write_event
@@ -55,13 +57,15 @@ from workers.attention.types import (
     Source,
 )
 from workers.checkpoint import open_checkpoint
-from workers.config import DispatchConfig
+from workers.config import DispatchConfig, KvConfig
 from workers.packing import make_packing
 from workers.progress import log_progress
 
 _log = logging.getLogger(__name__)
 
 _SERVICE = attention_pb2.DESCRIPTOR.services_by_name["Attention"].full_name
+_WAITS_PER_LEASE = 4
+"""Rows wait this part of the lease for room in the stage: then a plain frame is their sign of life."""
 _FAREWELL_S = 2.0
 """What calls that were sent away get to end."""
 
@@ -85,11 +89,13 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
 
         Raises:
             ModelBroken: the checkpoint cannot be served; names the file or tensor.
+            ConfigError: NIXL is wanted and cannot start.
         """
         checkpoint = open_checkpoint(checkpoint_dir)
         packing = make_packing(settings.engine.group, settings.engine.compute)
         self._config = checkpoint.config
         self._settings = settings
+        self._link = open_link(worker_id, settings.engine.kv)
         self.metrics = Metrics("attention")
         self._grammars = GrammarCompiler(
             checkpoint_dir,
@@ -148,13 +154,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self._watching: list[asyncio.Task[None]] = []
         self._setting_health: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
-        lease_s = settings.engine.kv.lease_s
-        self._sender = KvSender(
-            engine=self._engine, relay=self._relay, door=self._door, lease_s=lease_s, metrics=self.metrics
-        )
-        self._receiver = KvReceiver(
-            engine=self._engine, handshake=self._handshake, lease_s=lease_s, metrics=self.metrics
-        )
+        self._sender, self._receiver = self._open_handover(settings.engine.kv)
 
     async def start(self, port: int = 0) -> int:
         """Listens and follows the controller; returns the port."""
@@ -204,13 +204,17 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self._transport.close)
         await self._receiver.close()
+        if self._link is not None:
+            await asyncio.to_thread(self._link.close)
 
     async def check_integrity(self) -> None:
-        """Checks the page accounts.
+        """Checks the page accounts, and those of the stage.
 
         Raises:
-            RuntimeError: a page is lost, shared or owned by nobody.
+            RuntimeError: a page is lost, shared or owned by nobody; a piece of the stage is lent twice.
         """
+        if self._sender.stage is not None:
+            self._sender.stage.check_integrity()
         await asyncio.wrap_future(self._engine.check_integrity())
 
     @stream_errors
@@ -233,7 +237,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         """Writes the cache rows of a prompt, then the first token."""
         check_handshake(self._handshake, context.invocation_metadata() or ())
         spec = read_sequence(request, self._config, is_prefill_only=True)
-        await self._sender.send(spec, request.transfer, context)
+        await self._sender.send(spec, request.transfer, context, nixl_bytes=request.nixl_bytes)
 
     @stream_errors
     async def _score(self, request: attention_pb2.ScoreRequest, context: Context) -> AsyncIterator[bytes]:
@@ -274,6 +278,24 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             yield event
             if isinstance(event, NewToken) and event.finish:
                 return
+
+    def _open_handover(self, kv: KvConfig) -> tuple[KvSender, KvReceiver]:
+        sender = KvSender(
+            engine=self._engine,
+            relay=self._relay,
+            door=self._door,
+            lease_s=kv.lease_s,
+            metrics=self.metrics,
+            stage=None if self._link is None else KvStage(self._link, wait_s=kv.lease_s / _WAITS_PER_LEASE),
+        )
+        receiver = KvReceiver(
+            engine=self._engine,
+            handshake=self._handshake,
+            lease_s=kv.lease_s,
+            metrics=self.metrics,
+            link=self._link,
+        )
+        return sender, receiver
 
     def _on_snapshot(self, snapshot: control_pb2.ClusterSnapshot) -> None:
         self._transport.update_members(snapshot.members)

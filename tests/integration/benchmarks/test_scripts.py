@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.workers.lab import needs_nixl
 from tests.reference_data import LOGIT_TOLERANCE, SHAPES
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,6 +103,17 @@ def test_overload_is_refused_and_what_is_accepted_is_answered() -> None:
     assert (house["num_done"], house["num_refused"]) == (6, 0)
     assert overload["num_done"] + overload["num_refused"] == overload["num_requests"] == 24
     assert overload["num_refused"] > 0 < overload["num_done"]
+
+
+@pytest.mark.slow
+@needs_nixl
+def test_rows_are_handed_over_both_ways() -> None:
+    small = ("--tokens", "100", "--chunk", "64", "--size", "tiny", "--repeats", "1", "--rounds", "1")
+    done = run_script("handover", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    results: list[dict[str, Any]] = json.loads(done.stdout)["results"]
+    assert [row["transport"] for row in results] == ["grpc", "nixl"]
+    assert all(len(row["seconds"]) == 1 for row in results)
 
 
 def test_speculation_compares_with_drafts_and_without() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import grpc.aio
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,6 +50,10 @@ ROLES = {
     "decode": control_pb2.ROLE_DECODE,
     "both": control_pb2.ROLE_BOTH,
 }
+
+
+HAS_NIXL = any(importlib.util.find_spec(name) for name in ("nixl_cu12", "nixl_cu13"))
+needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="NIXL is not installed: pip install -e '.[nixl]'")
 
 
 class AlwaysDrafts(DraftPolicy):
@@ -270,7 +276,10 @@ class Cluster:
         """All pages of the attention workers come back, by the accounts and by the metric."""
         for worker_id in worker_ids or tuple(self.attention):
             await until(lambda w=worker_id: self.metric(w, "pages", state="used") == 0)
-            await self.attention[worker_id].server.check_integrity()
+            server = self.attention[worker_id].server
+            if (stage := server._sender.stage) is not None:
+                await until(lambda stage=stage: stage.num_lent == 0)
+            await server.check_integrity()
             assert self.metric(worker_id, "integrity_errors_total") == 0
 
     async def stop(self) -> None:
@@ -338,7 +347,7 @@ async def open_cluster(
 
 def _left(before: set[threading.Thread]) -> list[str]:
     """Our threads that outlived the servers; the libraries keep pools of their own."""
-    ours = ("engine", "experts", "loading")
+    ours = ("engine", "experts", "loading", "nixl")
     return [t.name for t in set(threading.enumerate()) - before if t.name.startswith(ours)]
 
 

@@ -51,17 +51,27 @@ class Mangler:
         is_lie = len(self.transfers) < self.num_lies
         self.transfers.append(request.transfer)
         self.deadlines_ms.append(request.deadline_ms)
+        call = self.cluster.channel(self.cluster.attention["prefill-0"]).unary_stream(
+            PREFILL_METHOD, request_serializer=attention_pb2.SequenceRequest.SerializeToString
+        )
+        answer = call(request, metadata=self.cluster.handshake.to_metadata())
         try:
-            call = self.cluster.channel(self.cluster.attention["prefill-0"]).unary_stream(
-                PREFILL_METHOD, request_serializer=attention_pb2.SequenceRequest.SerializeToString
-            )
-            frames = [data async for data in call(request, metadata=self.cluster.handshake.to_metadata())]
+            frames = await _up_to_token(answer)
             for data in self.mangle(frames) if is_lie else frames:
                 await context.write(data)
             if is_lie and self.is_stalling:
                 await asyncio.Event().wait()
         finally:
+            answer.cancel()
             self.num_ended += 1
+
+
+async def _up_to_token(answer: Any) -> list[bytes]:
+    """The frames of a prefill; its call stays open, for rows that are still to be read elsewhere."""
+    frames: list[bytes] = []
+    while not frames or decode_frame(frames[-1]).kind is not FrameKind.FIRST_TOKEN:
+        frames.append(await answer.read())
+    return frames
 
 
 @contextlib.asynccontextmanager
@@ -76,8 +86,9 @@ async def lying_prefill(cluster: Cluster, mangle: Mangle, **fields: Any) -> Asyn
 
 
 def kv_at(frames: list[bytes]) -> list[int]:
-    """Indices of the frames with rows."""
-    return [i for i, data in enumerate(frames) if decode_frame(data).kind is FrameKind.KV]
+    """Indices of the frames with rows, or with their place."""
+    kinds = (FrameKind.KV, FrameKind.KV_PLACED)
+    return [i for i, data in enumerate(frames) if decode_frame(data).kind in kinds]
 
 
 def change(data: bytes, **header: int) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from tests.integration.workers.lab import Cluster, drain, open_cluster, run_test, until
+from tests.integration.workers.lab import Cluster, drain, needs_nixl, open_cluster, run_test, until
 from tests.integration.workers.mangler import Mangle, change, kv_at, lying_prefill, move
 from tests.reference_data import goldens
 from wire.errors import WorkerLost
@@ -18,6 +18,7 @@ from wire.rpc import PREFILL_METHOD
 GOLDEN = goldens("default")[2]
 """40 tokens in 3 layers; chunks of 16 make 9 frames of rows."""
 TEXT = GOLDEN.tensor("greedy").tolist()
+TRANSPORTS = ["grpc", pytest.param("nixl", marks=needs_nixl)]
 WORKERS: dict[str, dict[str, Any]] = {"prefill-0": {"max_step_tokens": 16}, "decode-0": {}}
 LEASE_S = 0.5
 IMPATIENT: dict[str, dict[str, Any]] = {
@@ -25,6 +26,11 @@ IMPATIENT: dict[str, dict[str, Any]] = {
     "decode-0": {"lease_s": LEASE_S},
 }
 HANG_S = 5.0
+
+
+def workers(transport: str) -> dict[str, dict[str, Any]]:
+    """WORKERS, with rows that travel so."""
+    return {name: {**fields, "transport": transport} for name, fields in WORKERS.items()}
 
 
 def _flip(data: bytes, at: int) -> bytes:
@@ -74,15 +80,25 @@ def refused(cluster: Cluster) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("num_lies", [1, 2], ids=["once", "always"])
+OTHER_REASONS = {"another length": "checksum", "in another order": "unread"}
+"""Of rows that are read: as many as the header says, from an agent that the first frame introduces."""
+
+
+@pytest.mark.parametrize(
+    ("num_lies", "transport"),
+    [(1, "grpc"), (2, "grpc"), pytest.param(1, "nixl", marks=needs_nixl)],
+    ids=["once", "always", "once, over nixl"],
+)
 @pytest.mark.parametrize("lie", LIES)
-def test_wrong_frames_are_refused_and_the_text_is_right(lie: str, num_lies: int) -> None:
-    """Asked for again under the next fence; computed by the decode worker when that lies too."""
+def test_wrong_frames_are_refused_and_the_text_is_right(lie: str, num_lies: int, transport: str) -> None:
+    """Asked for again under the next fence, in plain frames; computed here when that lies too."""
     reason, mangle = LIES[lie]
+    if transport == "nixl":
+        reason = OTHER_REASONS.get(lie, reason)
 
     async def main() -> None:
         async with (
-            open_cluster(num_experts=1, attention=WORKERS) as cluster,
+            open_cluster(num_experts=1, attention=workers(transport)) as cluster,
             lying_prefill(cluster, mangle, num_lies=num_lies) as prefill,
         ):
             text = cluster.generate(
@@ -174,12 +190,13 @@ def test_prefill_that_waits_for_its_turn_is_not_given_up() -> None:
     run_test(main())
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("num_cached", [16, 40])
-def test_only_rows_that_the_decode_worker_does_not_hold_are_sent(num_cached: int) -> None:
+def test_only_rows_that_the_decode_worker_does_not_hold_are_sent(num_cached: int, transport: str) -> None:
     """A page is 4 tokens; the text is that of a worker that holds nothing."""
 
     async def main() -> None:
-        async with open_cluster(num_experts=1, attention=WORKERS) as cluster:
+        async with open_cluster(num_experts=1, attention=workers(transport)) as cluster:
             await cluster.generate(GOLDEN.prompt[:num_cached], max_tokens=1)
             received = cluster.metric("decode-0", "kv_bytes_total", direction="received")
             assert await cluster.generate(GOLDEN.prompt, max_tokens=len(TEXT)) == TEXT

@@ -10,7 +10,7 @@ from wire.metrics import METRICS, Kind, Metrics
 ROLES = ("router", "attention", "expert", "controller")
 LABELS = (
     *("code", "role", "state", "phase", "direction", "reason", "result", "rank", "worker"),
-    *("position", "outcome", "tier"),
+    *("position", "outcome", "tier", "form"),
 )
 """A worker is one of the expert workers: as many as the cluster has; positions are those of max_drafts."""
 UNITLESS_GAUGES = (
