@@ -47,11 +47,13 @@ def _table_line(snapshot: control_pb2.ClusterSnapshot) -> str:
     return f"{snapshot.table.version} since {since}{moving}"
 
 
-def _state(member: control_pb2.Member) -> str:
+def _state(member: control_pb2.Member, phase: str) -> str:
     if member.is_leaving:
         return "leaving"
     state = "ready" if member.is_ready else "not ready"
     role = control_pb2.Role.Name(member.role).removeprefix("ROLE_").lower()
+    if phase:
+        return f"{state}, for {phase}"
     return state if member.worker_id.startswith(role) else f"{state}, as {role}"
 
 
@@ -64,7 +66,7 @@ def _table(snapshot: control_pb2.ClusterSnapshot) -> Table:
     for member in snapshot.members:
         table.add_row(
             member.worker_id,
-            _state(member),
+            _state(member, snapshot.table.worker_phases.get(member.worker_id, "")),
             member.address,
             member.metrics_address,
             member.node.host,

@@ -44,6 +44,7 @@ class LayerRoutes:
     """The replicas of one layer, as arrays to look up many rows at once; M = most replicas of any expert."""
 
     replicas: tuple[Replica, ...]
+    """With their shares among all copies, also where the routes are those of one phase."""
     worker_EM: Ints
     """(E, M) worker index of each replica, padded with the last one."""
     threshold_EM: Floats
@@ -146,9 +147,7 @@ def _only_of(routes: LayerRoutes, worker_idxs: AbstractSet[int]) -> LayerRoutes:
     """The routes of rows that these workers take; an expert that none of them holds keeps all its copies."""
     by_expert: list[list[Replica]] = []
     for copies in _by_expert(routes.replicas, num_experts=len(routes.copies_E)):
-        own = [copy for copy in copies if copy.worker_idx in worker_idxs] or copies
-        total = sum(copy.share for copy in own)
-        by_expert.append([replace(copy, share=copy.share / total) for copy in own])
+        by_expert.append([copy for copy in copies if copy.worker_idx in worker_idxs] or copies)
     return replace(_lay_out(by_expert), spare=routes)
 
 
@@ -179,20 +178,20 @@ def _by_expert(replicas: Sequence[Replica], *, num_experts: int) -> list[list[Re
 
 
 def _lay_out(by_expert: Sequence[Sequence[Replica]]) -> LayerRoutes:
-    """The arrays of a layer's replicas, given by expert."""
-    num_experts, most = len(by_expert), max(len(copies) for copies in by_expert)
-    worker_EM = np.zeros((num_experts, most), dtype=np.int64)
-    threshold_EM = np.ones((num_experts, most), dtype=np.float64)
+    """The arrays of a layer's replicas, given by expert; an expert's shares count in proportion."""
+    most = max(len(copies) for copies in by_expert)
+    copies_E = tuple(tuple(copy.worker_idx for copy in copies) for copies in by_expert)
+    threshold_EM = np.ones((len(by_expert), most), dtype=np.float64)
     for expert_idx, copies in enumerate(by_expert):
-        workers = [copy.worker_idx for copy in copies]
-        worker_EM[expert_idx] = workers + workers[-1:] * (most - len(copies))
-        threshold_EM[expert_idx, : len(copies) - 1] = np.cumsum([copy.share for copy in copies])[:-1]
+        if len(copies) > 1:
+            upper = np.cumsum([copy.share for copy in copies])
+            threshold_EM[expert_idx, : len(copies) - 1] = upper[:-1] / upper[-1]
     return LayerRoutes(
         replicas=tuple(copy for copies in by_expert for copy in copies),
-        worker_EM=worker_EM,
+        worker_EM=np.array([held + held[-1:] * (most - len(held)) for held in copies_E], dtype=np.int64),
         threshold_EM=threshold_EM,
-        num_copies_E=np.array([len(copies) for copies in by_expert], dtype=np.int64),
-        copies_E=tuple(tuple(copy.worker_idx for copy in copies) for copies in by_expert),
+        num_copies_E=np.array([len(held) for held in copies_E], dtype=np.int64),
+        copies_E=copies_E,
     )
 
 

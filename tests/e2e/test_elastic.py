@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from e2e_cluster import Running, end, wait_until
+from e2e_cluster import Running, end, pid_of, scrape, wait_until
 from e2e_streams import Load, make_load
 
 from cluster.client import rebalance
+from wire.phases import PHASES
 from wire.proto import control_pb2
 
 PROMPTS = [[11 + idx, 12, 13] for idx in range(4)]
@@ -111,3 +112,43 @@ def test_size_that_cannot_serve_is_one_clear_line(elastic: Running) -> None:
     assert done.returncode == 2
     assert "decode.replicas" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def rows_of(running: Running, worker_id: str) -> dict[str, float]:
+    """Phase -> rows that an expert worker has computed for it."""
+    samples = scrape(running.shell.members()[worker_id]["metrics_address"])
+    return {phase: samples.get(f'moray_expert_rows_total{{phase="{phase}"}}', 0.0) for phase in PHASES}
+
+
+@pytest.mark.slow
+def test_phases_part_under_streams_and_the_other_one_serves_what_is_lost(
+    elastic: Running, start: Callable[..., Running]
+) -> None:
+    """Two workers with room for every expert: no answer changes when they part, nor when one is killed."""
+    expected = elastic.shell.generate(PROMPTS, *LENGTH)
+    apart = start(
+        {
+            "expert": {"replicas": 2, "num_slots": 32},
+            "balance": {"placements": "by_phase", "interval_s": 1, "min_rows": 100},
+        }
+    )
+    assert apart.shell.generate(PROMPTS, *LENGTH) == expected
+    phases = wait_until(lambda: apart.shell.status()["table"].get("worker_phases"), what="phases to part")
+    worker_of = {phase: worker_id for worker_id, phase in phases.items()}
+    assert "for prefill" in apart.shell.run("status", COLUMNS="200").stdout
+    before = {worker_id: rows_of(apart, worker_id) for worker_id in phases}
+    assert apart.shell.generate(PROMPTS, *LENGTH) == expected
+    after = {worker_id: rows_of(apart, worker_id) for worker_id in phases}
+    for worker_id, phase in phases.items():
+        grown = {p for p in PHASES if after[worker_id][p] > before[worker_id][p]}
+        assert grown == {phase}
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(apart.shell.generate, PROMPTS, *LENGTH)
+        wait_until(
+            lambda: rows_of(apart, worker_of["decode"])["decode"] > after[worker_of["decode"]]["decode"],
+            what="streams to run",
+        )
+        pid_of(apart, worker_of["decode"]).kill()
+        assert answers.result() == expected
+    assert rows_of(apart, worker_of["prefill"])["decode"] > 0
+    end(apart.process)

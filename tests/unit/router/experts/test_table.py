@@ -109,7 +109,7 @@ PHASED = build_table(
 def test_rows_of_a_phase_go_to_its_workers_in_their_own_proportion() -> None:
     prefill, decode = (PHASED.routes(LAYER, phase) for phase in PHASES)
     assert prefill.copies_E == ((0, 1), (2,), (0,))
-    assert [r.share for r in prefill.replicas if r.expert_idx == 0] == [0.25, 0.75]
+    assert prefill.threshold_EM[0].tolist() == [0.25, 1.0], "their shares are 1 and 3 of 8"
     assert decode.copies_E == ((2,), (2,), (0,)), "an expert that none of them holds keeps its copies"
     assert PHASED.routes(LAYER).copies_E == ((0, 1, 2), (2,), (0,))
     assert prefill.spare is decode.spare is PHASED.routes(LAYER)
