@@ -13,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import against_peers, long_context, precision, replica_bias
+from benchmarks.handover_by_layer import Came, Pull, compare, last_row_s
 
 RUNNER = CliRunner()
 BATCHED = """
@@ -143,3 +144,22 @@ def test_ways_to_choose_replicas_place_every_row_where_its_expert_lives() -> Non
 
 def test_levels_are_what_waits_and_what_comes() -> None:
     assert replica_bias.max_over_mean(np.array([0, 0, 1]), np.array([1.0, 1.0, 1.0])) == 1.5
+
+
+def test_frame_behind_one_that_has_the_link_waits_for_it() -> None:
+    frames = [Came(0.0, 4, 0), Came(1.0, 10, 0)]
+    assert last_row_s(frames, 1.0) == 14.0
+    assert last_row_s(frames, math.inf) == 1.0
+
+
+def test_handover_after_the_last_layer_is_the_computing_and_then_the_rows() -> None:
+    """Two layers of 1 s and 125 bytes each; rows that are there take 10 ms a layer, the last page besides."""
+    layered = Pull(frames=(Came(1.0, 125, 0), Came(2.0, 125, 0)), token_s=2.0)
+    without = Pull(frames=(), token_s=1.9)
+    again = Pull(frames=(Came(0.51, 125, 0), Came(0.52, 125, 0), Came(0.9, 9, 112)), token_s=1.0)
+    pulled = [(layered, without, again)]
+    loopback, slow = (compare(pulled, gbit=gbit) for gbit in (math.inf, 1e-6))
+    assert loopback.layer_by_layer_ms == 2000
+    assert loopback.after_the_last_ms == pytest.approx(1920)
+    assert slow.layer_by_layer_ms == pytest.approx(3000)
+    assert slow.after_the_last_ms == pytest.approx(3910)
