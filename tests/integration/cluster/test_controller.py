@@ -13,6 +13,7 @@ from wire.proto import control_pb2
 
 TEST_S = 20
 THREE = {"expert": {"replicas": 3}}
+APART = {"expert": {"replicas": 4, "num_slots": 3}, "balance": {"placements": "by_phase"}}
 REPLICATED = {"expert": {"replicas": 3, "num_slots": 4}}
 ALL = {(layer, expert) for layer in SHAPE.layer_ids for expert in range(SHAPE.num_experts)}
 
@@ -112,9 +113,15 @@ def test_reader_that_falls_silent_holds_no_copies_for_ever() -> None:
     run(test())
 
 
-def test_many_forced_moves_in_a_row() -> None:
+@pytest.mark.parametrize(("placements", "num_workers"), [("joint", 3), ("by_phase", 4)])
+def test_many_forced_moves_in_a_row(placements: str, num_workers: int) -> None:
     async def test() -> None:
-        async with running({"expert": {"replicas": 3, "num_slots": 3}, "decode": {"replicas": 2}}) as lab:
+        values = {
+            "expert": {"replicas": num_workers, "num_slots": 3},
+            "decode": {"replicas": 2},
+            "balance": {"placements": placements},
+        }
+        async with running(values) as lab:
             await up(lab)
             num_moved = 0
             for seed in range(1, 51):
@@ -124,6 +131,7 @@ def test_many_forced_moves_in_a_row() -> None:
             assert num_moved > 50
             assert lab.metric("moves_total") == num_moved
             assert lab.metric("moved_bytes_total") == num_moved * 10
+            assert len(set(lab.tables[-1].worker_phases.values())) == (2 if placements == "by_phase" else 0)
 
     run(test())
 
@@ -140,9 +148,10 @@ def test_steps_of_moves_are_a_pause_apart() -> None:
     run(test())
 
 
-def test_load_that_fails_takes_the_move_back() -> None:
+@pytest.mark.parametrize("values", [THREE, APART], ids=["joint", "by phase"])
+def test_load_that_fails_takes_the_move_back(values: dict[str, Any]) -> None:
     async def test() -> None:
-        async with running(THREE) as lab:
+        async with running(values) as lab:
             await up(lab)
             before = {w: e.places for w, e in lab.launcher.experts.items()}
             for expert in lab.launcher.experts.values():
@@ -152,10 +161,12 @@ def test_load_that_fails_takes_the_move_back() -> None:
             await lab.until(lab.is_whole)
             assert {w: e.places for w, e in lab.launcher.experts.items()} == before
             assert lab.metric("replans_total", result="rolled_back") == 1
+            assert lab.tables[-1].worker_phases == {}
             for expert in lab.launcher.experts.values():
                 expert.refuses_new = False
             done = await lab.stub.Rebalance(control_pb2.RebalanceRequest(force=True, seed=4))
             assert done.num_moved > 0
+            assert bool(lab.tables[-1].worker_phases) == (values is APART)
 
     run(test())
 
