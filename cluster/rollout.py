@@ -46,6 +46,7 @@ class Rollout:
         self._retry_s = retry_s
         self._changed = asyncio.Condition()
         """Notified after every event."""
+        self._is_closed = False
         self._links: dict[str, ExpertLink] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._table_unix_s = time.time()
@@ -75,7 +76,8 @@ class Rollout:
             await link.close()
 
     async def close(self) -> None:
-        """Ends every line."""
+        """Ends every line; what is heard later has no consequences."""
+        self._is_closed = True
         for worker_id in list(self._links):
             await self.disconnect(worker_id)
 
@@ -90,6 +92,8 @@ class Rollout:
         Args:
             has_news: members changed, so a snapshot goes out in any case.
         """
+        if self._is_closed:
+            return
         tables = self._state.tables
         was_loading = tables.num_loading > 0
         if tables.renew():

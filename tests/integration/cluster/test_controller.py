@@ -416,6 +416,9 @@ def test_restarted_controller_takes_everything_as_it_is() -> None:
             held = {w: (e.places, e.num_loads) for w, e in launcher.experts.items()}
             version = first.tables[-1].version
             await first.crash()
+            first.state.tables.on_worker("expert-0", [], table_version=version)
+            await first.controller._rollout.follow_up()
+            assert not first.state.tables.num_loading, "a report that comes late orders nothing any more"
         async with running({"expert": {"replicas": 2}}, launcher=launcher, address=address) as second:
             await up(second)
             assert {w: (e.places, e.num_loads) for w, e in launcher.experts.items()} == held
