@@ -101,7 +101,8 @@ class Engine:
             transformer=parts.transformer, cache=parts.cache, pages=parts.pages, experts=parts.experts
         )
         self._pace = Pace()
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` may wait for ever when its timeout ends as it wakes (CPython 3.11).
+        self._commands: queue.Queue[Callable[[], None]] = queue.Queue()
         self._is_stopping = False
         self._tiers = parts.prefix.tiers
         if self._tiers is not None:

@@ -73,7 +73,8 @@ class NixlLink:
         self.name = agent.name
         self.metadata = agent.metadata()
         """What another agent must know of this one."""
-        self._commands: queue.SimpleQueue[_Read | _Watch | None] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` may wait for ever when its timeout ends as it wakes (CPython 3.11).
+        self._commands: queue.Queue[_Read | _Watch | None] = queue.Queue()
         self._waiting: deque[_Read] = deque()
         self._running: list[_Read] = []
         self._watched: dict[int, Future[None]] = {}
