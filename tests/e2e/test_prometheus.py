@@ -56,9 +56,10 @@ def query(url: str, expression: str) -> list[dict[str, Any]]:
 LATER = (
     *("_refused_total", "_dropped_total", "_retries_total", "_restarts_total"),
     *("_preemptions_total", "_resumes_total", "_drained_total", "_replans_total"),
+    "_phase_load_balance_ratio",
 )
-"""Ends of the names of labelled metrics that count failures, or what one plain request does not bring about:
-they have no sample before a label is first used."""
+"""Ends of the names of labelled metrics of failures, or of what one plain request does not bring about: they
+have no sample before a label is first used."""
 UNUSED = tuple(f"moray_attention_{part}" for part in ("drafts", "grammars", "kv_tier"))
 """Begins of the names of what this cluster does not use."""
 
