@@ -33,6 +33,7 @@ from workers.expert.call_queue import CallQueue
 from workers.expert.forward_stream import ForwardStream
 from workers.expert.local_server import LocalServer
 from workers.expert.torch_server import TorchServer
+from workers.expert.types import Reply
 
 HOST = "127.0.0.1"
 HANDSHAKE = Handshake(model="")
@@ -58,18 +59,17 @@ class Answers:
     def __init__(self) -> None:
         self._made: dict[tuple[str, tuple[int, ...]], Array] = {}
 
-    def __call__(self, frames: Sequence[Frame]) -> list[Frame]:
+    def __call__(self, frames: Sequence[Frame], reply: Reply) -> None:
         """One PARTIAL for each FORWARD."""
-        return [
-            Frame(
+        for idx, frame in enumerate(frames):
+            answer = Frame(
                 kind=FrameKind.PARTIAL,
                 tensors=(self._sums(frame.tensors[0]),),
                 call_id=frame.call_id,
                 table_version=frame.table_version,
                 layer_idx=frame.layer_idx,
             )
-            for frame in frames
-        ]
+            reply(idx, answer)
 
     def _sums(self, rows_RD: Array) -> Array:
         key = (rows_RD.dtype.name, rows_RD.shape)

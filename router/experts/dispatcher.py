@@ -65,6 +65,10 @@ class ExpertDispatcher:
         self.rules = rules or DispatchRules()
         self.forms = forms or PayloadForms()
         self.book = PeerBook(rules=self.rules.peers)
+        # Looked up once: they are counted on every layer's way.
+        self.sent_rows = metrics.counter("dispatch_rows_total")
+        self.sent_bytes = metrics.counter("dispatch_bytes_total", direction="sent")
+        self.received_bytes = metrics.counter("dispatch_bytes_total", direction="received")
         self.phase: Phase = "decode"
         """Of the step under way."""
         self._changed = threading.Condition()

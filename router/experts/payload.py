@@ -18,7 +18,7 @@ Letters: T tokens, D hidden, R rows, A assignments, G groups of 128 values of a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,14 @@ SumForm = Literal["exact", "fp32", "bf16"]
 Sums = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 
 _SUM_FLAGS: tuple[tuple[SumForm, int], ...] = (("fp32", FLAG_SUMS_FP32), ("bf16", FLAG_SUMS_BF16))
-_SUM_DTYPES: tuple[tuple[SumForm, str], ...] = (("exact", "float64"), ("fp32", "float32"), ("bf16", "uint16"))
-_ROW_DTYPES = ("float32", "uint16", "uint8")
+_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+_INT32, _UINT16, _UINT8 = np.dtype(np.int32), np.dtype(np.uint16), np.dtype(np.uint8)
+_SUM_DTYPES: tuple[tuple[SumForm, np.dtype[Any]], ...] = (
+    ("exact", _FLOAT64),
+    ("fp32", _FLOAT32),
+    ("bf16", _UINT16),
+)
+_ROW_DTYPES = (_FLOAT32, _UINT16, _UINT8)
 _FRAME_BYTES = 1024
 """More than header, descriptor and paddings of a PARTIAL, and room for the text of an ERROR."""
 
@@ -72,7 +78,8 @@ def encode_rows(x_TD: Float32, form: RowForm) -> tuple[Array, ...]:
 
 def forward_tensors(encoded: tuple[Array, ...], call: WorkerCall) -> tuple[Array, ...]:
     """FORWARD's tensors for one call, out of the rows of the whole batch as `encode_rows` gave them."""
-    rows, *scales = (part[call.token_idx_R] for part in encoded)
+    is_whole = len(call.token_idx_R) == len(encoded[0])
+    rows, *scales = encoded if is_whole else (part[call.token_idx_R] for part in encoded)
     return (rows, call.row_idx_A, call.expert_idx_A, call.weight_A, *scales)
 
 
@@ -82,12 +89,11 @@ def read_forward(frame: Frame, *, hidden_size: int) -> ForwardRows:
     Raises:
         FrameInvalid: a tensor is missing, or a shape, dtype or row index does not fit.
     """
-    dtypes = tuple(tensor.dtype.name for tensor in frame.tensors)
-    scale_dtypes = ("float32",) if dtypes[:1] == ("uint8",) else ()
-    if frame.kind is not FrameKind.FORWARD or dtypes[:1] not in {(name,) for name in _ROW_DTYPES}:
-        raise _not_forward(frame, dtypes)
-    if dtypes[1:] != ("int32", "int32", "float32", *scale_dtypes):
-        raise _not_forward(frame, dtypes)
+    dtypes = [tensor.dtype for tensor in frame.tensors]
+    if frame.kind is not FrameKind.FORWARD or not dtypes or dtypes[0] not in _ROW_DTYPES:
+        raise _not_forward(frame)
+    if dtypes[1:] != [_INT32, _INT32, _FLOAT32, *([_FLOAT32] if dtypes[0] == _UINT8 else [])]:
+        raise _not_forward(frame)
     rows_RD, row_idx_A, expert_idx_A, weight_A, *scales = frame.tensors
     if rows_RD.ndim != 2 or rows_RD.shape[1] != hidden_size:
         raise FrameInvalid(f"rows have shape {rows_RD.shape}; wanted (R, {hidden_size})", field="shape")
@@ -122,10 +128,13 @@ def read_partial(frame: Frame, *, num_rows: int, hidden_size: int, form: SumForm
         FrameInvalid: not a PARTIAL, another shape or form than asked for, or a sum is NaN or infinite.
     """
     shape = (num_rows, hidden_size)
-    wanted = [(dict(_SUM_DTYPES)[form], shape)]
-    got = [(tensor.dtype.name, tensor.shape) for tensor in frame.tensors]
-    if frame.kind is not FrameKind.PARTIAL or got != wanted:
-        raise FrameInvalid(f"answered {frame.kind.name} {got}, wanted {wanted}", field="shape")
+    dtype = dict(_SUM_DTYPES)[form]
+    got = [(tensor.dtype, tensor.shape) for tensor in frame.tensors]
+    if frame.kind is not FrameKind.PARTIAL or got != [(dtype, shape)]:
+        named = [(tensor.dtype.name, tensor.shape) for tensor in frame.tensors]
+        raise FrameInvalid(
+            f"answered {frame.kind.name} {named}, wanted {[(dtype.name, shape)]}", field="shape"
+        )
     sums_RD: Sums = from_bfloat16(frame.tensors[0]) if form == "bf16" else frame.tensors[0]
     # One NaN or infinity makes the sum of all one too; finite sums stay far below FP64's limit.
     if not np.isfinite(sums_RD.sum(dtype=np.float64)):
@@ -149,7 +158,8 @@ def _decode_rows(rows_RD: Array, scales: list[Array]) -> Float32:
     return from_fp8(rows_RD, scales[0])
 
 
-def _not_forward(frame: Frame, dtypes: tuple[str, ...]) -> FrameInvalid:
+def _not_forward(frame: Frame) -> FrameInvalid:
+    dtypes = tuple(tensor.dtype.name for tensor in frame.tensors)
     return FrameInvalid(
         f"wanted FORWARD with rows, row_idx, expert_idx, weights (and scales of fp8); "
         f"got {frame.kind.name} {dtypes}",

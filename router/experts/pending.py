@@ -5,12 +5,13 @@ again over the workers that are trusted then, and sent. What is late may still w
 first, the attempt or its rescue, gives the rows, and the other is forgotten.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +33,23 @@ Part = tuple[WorkerCall, Sums]
 
 
 @dataclass(eq=False)
+class _Arrival:
+    """Hears of an answer on the transport's thread and notes when, however much later it is looked at.
+
+    It knows neither its attempt nor the dispatch: in a cycle with the future they would keep the answer, and
+    with it the memory of a call, until the next garbage collection.
+    """
+
+    changed: threading.Event
+    at_s: float | None = None
+
+    def __call__(self, _: "Future[Frame]") -> None:
+        """The answer is there."""
+        self.at_s = time.monotonic()
+        self.changed.set()
+
+
+@dataclass(eq=False)
 class _Attempt:
     call: WorkerCall
     table_version: int
@@ -39,10 +57,10 @@ class _Attempt:
     until_s: float
     """When it counts as late."""
     answer: "Future[Frame]"
+    arrival: "_Arrival"
+    """When its answer came."""
     depth: int
     """How many attempts went before it; each may take twice as long as the one before."""
-    answered_s: float | None = None
-    """When its answer came; written by the transport's thread, read by the engine's."""
     is_over: bool = False
     """Whether its own answer was looked at."""
     error: MorayError | None = None
@@ -54,10 +72,6 @@ class _Attempt:
     rescue: "list[_Attempt] | None" = None
     parts: list[Part] | None = None
     """Its rows' sums, once they are there."""
-
-    def on_answered(self, _: "Future[Frame]") -> None:
-        """Its answer has come, however much later it is looked at."""
-        self.answered_s = time.monotonic()
 
     def next_moment_s(self) -> float:
         """When something is to be done about it without an answer."""
@@ -83,6 +97,8 @@ class PendingDispatch:
         self._x_TD = x_TD
         self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
         self._began_s = time.monotonic()
+        self._changed = threading.Event()
+        """An answer or a newer table came: what wakes the engine's thread."""
         self._num_nonsense = 0
         self._last_error: MorayError | None = None
         table = dispatcher.table_in_force()
@@ -103,6 +119,7 @@ class PendingDispatch:
         combine_s = 0.0
         waiting = deque(self._attempts)
         while waiting:
+            self._changed.clear()
             found = [self._poll(attempt) for attempt in waiting]
             began_s = time.monotonic()
             # In the order of the calls: rounded sums depend on it.
@@ -125,14 +142,9 @@ class PendingDispatch:
                 (one.error for one in open_attempts if one.error is not None), None
             ) or self._no_answer(open_attempts[0].call.worker_id)
         moments_s = [one.next_moment_s() for one in open_attempts]
-        answers: list[Future[Any]] = [one.answer for one in open_attempts if not one.is_over]
         if any(one.retry_at_s is not None for one in open_attempts):
-            answers.append(self._dispatcher.next_table())
-        wait(
-            answers,
-            timeout=max(0.0, min(min(moments_s) - time.monotonic(), self._left_s())),
-            return_when=FIRST_COMPLETED,
-        )
+            self._dispatcher.next_table().add_done_callback(lambda _: self._changed.set())
+        self._changed.wait(max(0.0, min(min(moments_s) - time.monotonic(), self._left_s())))
 
     def _poll(self, attempt: _Attempt) -> list[Part] | None:
         """The parts of an attempt's rows if they are there; starts a rescue where one is due."""
@@ -163,14 +175,14 @@ class PendingDispatch:
             return None
         call = attempt.call
         # A waiter can be quicker than the callback that notes the time: then it is now.
-        answered_s = time.monotonic() if attempt.answered_s is None else attempt.answered_s
+        answered_s = time.monotonic() if attempt.arrival.at_s is None else attempt.arrival.at_s
         self._book.on_answer(
             call.worker_id,
             num_rows=call.token_idx_R.size,
             seconds=answered_s - attempt.sent_s,
             queue_rows=reply.queue_rows,
         )
-        self._metrics.counter("dispatch_bytes_total", direction="received").inc(reply.tensors[0].nbytes)
+        self._dispatcher.received_bytes.inc(reply.tensors[0].nbytes)
         return [(call, sums_RD)]
 
     def _on_error(self, attempt: _Attempt, error: MorayError) -> None:
@@ -254,19 +266,19 @@ class PendingDispatch:
             layer_idx=self._layer_idx,
         )
         num_rows = call.token_idx_R.size
-        self._metrics.counter("dispatch_rows_total").inc(num_rows)
-        num_bytes = sum(tensor.nbytes for tensor in frame.tensors)
-        self._metrics.counter("dispatch_bytes_total", direction="sent").inc(num_bytes)
+        self._dispatcher.sent_rows.inc(num_rows)
+        self._dispatcher.sent_bytes.inc(sum(tensor.nbytes for tensor in frame.tensors))
         now_s = time.monotonic()
         attempt = _Attempt(
             call=call,
             table_version=table_version,
             sent_s=now_s,
             until_s=now_s + self._book.attempt_s(call.worker_id, num_rows=num_rows) * 2 ** min(depth, 10),
+            arrival=_Arrival(self._changed),
             depth=depth,
             answer=self._dispatcher.transport.send(call.worker_id, frame),
         )
-        attempt.answer.add_done_callback(attempt.on_answered)
+        attempt.answer.add_done_callback(attempt.arrival)
         return attempt
 
 

@@ -7,12 +7,13 @@ expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
 T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from router.experts.replicas import WorkerLoads, choose_replicas
+from router.experts.replicas import ReplicaChoice, WorkerLoads, choose_replicas
 from router.experts.table import Ints, RoutingTable
 from wire.errors import StaleTable
 from wire.phases import Phase
@@ -27,7 +28,7 @@ class Assignments:
     """(token, expert) pairs of one layer: three arrays in parallel."""
 
     token_idx_A: Ints
-    """(A,) row of the activations."""
+    """(A,) row of the activations, ascending."""
     expert_idx_A: Ints
     """(A,) logical expert."""
     weight_A: Float32
@@ -105,22 +106,43 @@ def plan_dispatch(
     if assignments.expert_idx_A.size and int(assignments.expert_idx_A.max()) >= table.num_experts:
         raise StaleTable(f"expert {int(assignments.expert_idx_A.max())} is not among {table.num_experts}")
     choice = choose_replicas(routes, assignments.expert_idx_A, assignments.token_idx_A, loads)
-    calls = []
-    for worker_idx in np.unique(choice.worker_A):
-        mine = np.flatnonzero(choice.worker_A == worker_idx)
-        token_idx_R, row_idx_A = np.unique(assignments.token_idx_A[mine], return_inverse=True)
-        call = WorkerCall(
-            worker_id=table.worker_ids[worker_idx],
-            token_idx_R=token_idx_R,
-            row_idx_A=row_idx_A.astype(np.int32),
-            expert_idx_A=assignments.expert_idx_A[mine].astype(np.int32),
-            weight_A=assignments.weight_A[mine],
-            may_load=bool(choice.may_load_A[mine].any()),
-        )
-        calls.append(call)
+    calls = _calls_of(assignments, choice, worker_ids=table.worker_ids)
     return DispatchPlan(layer_idx=layer_idx, table_version=table.version, calls=tuple(calls))
+
+
+def _calls_of(
+    assignments: Assignments, choice: ReplicaChoice, *, worker_ids: tuple[str, ...]
+) -> Iterator[WorkerCall]:
+    """The calls, in the order of the workers: pieces of one sorted list, for every layer waits for this."""
+    order_A = np.argsort(choice.worker_A.astype(np.int16), kind="stable")
+    worker_A, token_A = choice.worker_A[order_A], assignments.token_idx_A[order_A]
+    expert_A = assignments.expert_idx_A[order_A].astype(np.int32)
+    weight_A, may_load_A = assignments.weight_A[order_A], choice.may_load_A[order_A]
+    # Tokens ascend within a worker: where either changes, a row begins.
+    is_first_A = np.ones(len(order_A), dtype=bool)
+    is_first_A[1:] = (token_A[1:] != token_A[:-1]) | (worker_A[1:] != worker_A[:-1])
+    row_A = np.cumsum(is_first_A, dtype=np.int32)
+    token_R = token_A[is_first_A]
+    begin = begin_row = 0
+    for worker_idx, count in enumerate(np.bincount(worker_A).tolist()):
+        if not count:
+            continue
+        end = begin + count
+        end_row = int(row_A[end - 1])
+        yield WorkerCall(
+            worker_id=worker_ids[worker_idx],
+            token_idx_R=token_R[begin_row:end_row],
+            row_idx_A=row_A[begin:end] - np.int32(begin_row + 1),
+            expert_idx_A=expert_A[begin:end],
+            weight_A=weight_A[begin:end],
+            may_load=bool(may_load_A[begin:end].any()),
+        )
+        begin, begin_row = end, end_row
 
 
 def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64 | Float32) -> None:
     """Adds one worker's partial sums; FP64, so that the order of the workers changes no bit."""
-    total_TD[call.token_idx_R] += partial_RD
+    if len(partial_RD) == len(total_TD):
+        total_TD += partial_RD
+    else:
+        total_TD[call.token_idx_R] += partial_RD

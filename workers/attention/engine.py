@@ -7,6 +7,7 @@ in here is shared. An empty engine sleeps in `queue.get`.
 import logging
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -49,6 +50,11 @@ from workers.attention.types import (
 )
 
 _log = logging.getLogger(__name__)
+
+
+_TURN_S = 1e-4
+"""How long another thread may keep the interpreter from the engine's when that comes back from a kernel;
+Python's own 5 ms are several layers."""
 
 _STOPPING = "the worker is shutting down"
 
@@ -189,6 +195,7 @@ class Engine:
     @torch.inference_mode()
     def _loop(self) -> None:
         self._transformer.start()
+        sys.setswitchinterval(_TURN_S)
         self._gauges.show(self._residents.all())
         while not self._is_stopping:
             self._residents.reuse()

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from wire.frames import Frame
 from wire.metrics import Metrics
+from workers.expert.types import Reply
 
-AnswerAll = Callable[[Sequence[Frame]], list[Frame]]
+AnswerAll = Callable[[Sequence[Frame], Reply], None]
 
 
 class _Waiting(NamedTuple):
@@ -79,9 +80,11 @@ class CallQueue:
         if not self._is_started:
             self._start()
             self._is_started = True
-        answers = self._answer_all([call.frame for call in calls])
-        for call, answer in zip(calls, answers, strict=True):
-            call.reply(replace(answer, queue_rows=self._num_rows) if self._num_rows else answer)
+
+        def reply(idx: int, answer: Frame) -> None:
+            calls[idx].reply(replace(answer, queue_rows=self._num_rows) if self._num_rows else answer)
+
+        self._answer_all([call.frame for call in calls], reply)
 
     def _take_layer(self) -> list[_Waiting]:
         """The oldest call and all others of its layer; of an empty queue none, and then nobody computes."""

@@ -19,6 +19,7 @@ from wire.metrics import Metrics
 from wire.phases import Phase
 from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
+from workers.expert.types import Reply
 
 _log = logging.getLogger(__name__)
 
@@ -56,33 +57,37 @@ class ExpertService:
 
     def answer(self, frame: Frame) -> Frame:
         """The PARTIAL frame of a FORWARD frame, or an ERROR frame that names what is wrong with it."""
-        return self.answer_all([frame])[0]
+        answers: list[Frame] = []
+        self.answer_all([frame], lambda _, answer: answers.append(answer))
+        return answers[0]
 
-    def answer_all(self, frames: Sequence[Frame]) -> list[Frame]:
-        """The answers to several frames, in order; those of one layer are computed together.
+    def answer_all(self, frames: Sequence[Frame], reply: Reply) -> None:
+        """Answers several frames; those of one layer are computed together.
 
         The kernels give a row the same bits whatever rows are beside it, so company changes no answer.
+
+        Args:
+            frames: FORWARD.
+            reply: gets a frame's index and its answer, before metrics are: callers wait for it.
         """
-        answers: dict[int, Frame] = {}
         by_layer: dict[int, list[_Call]] = {}
         for idx, frame in enumerate(frames):
             try:
                 call = self._read(idx, frame)
             except MorayError as error:
-                answers[idx] = self._refuse(frame, error)
+                reply(idx, self._refuse(frame, error))
             except Exception as error:  # noqa: BLE001  one bad call must not take the others': mapped and logged
-                answers[idx] = self._refuse(frame, _unexpected(frame.layer_idx, error))
+                reply(idx, self._refuse(frame, _unexpected(frame.layer_idx, error)))
             else:
                 by_layer.setdefault(frame.layer_idx, []).append(call)
         for calls in by_layer.values():
-            answers.update(zip([call.idx for call in calls], self._compute(calls), strict=True))
-        return [answers[idx] for idx in range(len(frames))]
+            self._compute(calls, reply)
 
     def _read(self, idx: int, frame: Frame) -> "_Call":
         """A frame that was checked, with the experts that it names."""
         rows = read_forward(frame, hidden_size=self._hidden_size)
         experts = self._store.experts_of(frame.layer_idx)
-        missing = [expert for expert in np.unique(rows.expert_idx_A).tolist() if expert not in experts]
+        missing = sorted(set(rows.expert_idx_A.tolist()) - experts.keys())
         if missing and frame.flags & FLAG_LOAD_MISSING:
             experts = {**experts, **self._load(frame.layer_idx, missing)}
         elif missing:
@@ -98,26 +103,29 @@ class ExpertService:
         except ModelError as error:
             raise ModelBroken(str(error)) from error
 
-    def _compute(self, calls: "Sequence[_Call]") -> list[Frame]:
-        """The answers to calls of one layer."""
+    def _compute(self, calls: "Sequence[_Call]", reply: Reply) -> None:
+        """Answers calls of one layer."""
         layer_idx = calls[0].frame.layer_idx
         began_s = time.perf_counter()
         try:
             sums_RD = self._sums(calls)
         except Exception as error:  # noqa: BLE001  the stream carries others' calls: mapped and logged
             fault = _unexpected(layer_idx, error)
-            return [self._refuse(call.frame, fault) for call in calls]
-        self._metrics.histogram("forward_seconds").observe(time.perf_counter() - began_s)
-        self._metrics.histogram("batch_calls").observe(len(calls))
-        self._metrics.counter("calls_total", result="ok").inc(len(calls))
-        answers = []
+            for call in calls:
+                reply(call.idx, self._refuse(call.frame, fault))
+            return
+        ended_s = time.perf_counter()
+        rows_by_phase = [self._count(call) for call in calls]
         begin = 0
         for call in calls:
             end = begin + len(call.rows.x_RD)
-            answers.append(_partial_frame(call.frame, sums_RD[begin:end]))
+            reply(call.idx, _partial_frame(call.frame, sums_RD[begin:end]))
             begin = end
-            self._count(call)
-        return answers
+        self._metrics.histogram("forward_seconds").observe(ended_s - began_s)
+        self._metrics.histogram("batch_calls").observe(len(calls))
+        self._metrics.counter("calls_total", result="ok").inc(len(calls))
+        for phase, num_rows in rows_by_phase:
+            self._metrics.counter("rows_total", phase=phase).inc(num_rows)
 
     def _sums(self, calls: "Sequence[_Call]") -> npt.NDArray[np.float64]:
         """(R, D) sums of all calls, one behind another: one call of the kernel."""
@@ -148,11 +156,12 @@ class ExpertService:
         # torch takes no read-only array, and views of received bytes are.
         return torch.from_numpy(joined if joined.flags.writeable else joined.copy()).to(self._device)
 
-    def _count(self, call: _Call) -> None:
+    def _count(self, call: _Call) -> tuple[Phase, int]:
+        """Counts its rows; their phase and number. The answer may come to lie where the call is."""
         phase: Phase = "prefill" if call.frame.flags & FLAG_PREFILL else "decode"
         expert_idx_A = call.rows.expert_idx_A
         self.load.count(phase, call.frame.layer_idx, expert_idx_A)
-        self._metrics.counter("rows_total", phase=phase).inc(int(expert_idx_A.size))
+        return phase, int(expert_idx_A.size)
 
 
 def _unexpected(layer_idx: int, error: Exception) -> InternalError:

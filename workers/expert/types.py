@@ -1,12 +1,15 @@
 """What a placement and an expert worker both speak of; loads without torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from wire.frames import Frame
 from wire.proto import expert_pb2
 
 Place = tuple[int, int]
 """(layer_idx, expert_idx)."""
+Reply = Callable[[int, Frame], None]
+"""Gets the index of a frame among those that were asked together, and its answer."""
 
 
 @dataclass(frozen=True, order=True)

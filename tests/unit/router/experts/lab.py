@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,11 +64,6 @@ class FakeClock:
             self.now_s = ends_s
         return predicate()
 
-    def wait_futures(self, futures: Iterable["Future[Frame]"], timeout: float, return_when: str) -> None:
-        """As concurrent.futures.wait."""
-        waited_for = list(futures)
-        self.wait_for(lambda: any(future.done() for future in waited_for), timeout)
-
     def pass_s(self, seconds: float) -> None:
         """Nobody waits, but time passes."""
         self.wait_for(lambda: False, seconds)
@@ -80,6 +75,17 @@ class FakeCondition(threading.Condition):
     def __init__(self, clock: FakeClock) -> None:
         super().__init__()
         self.wait_for = clock.wait_for
+
+
+class FakeEvent(threading.Event):
+    """Waits by a fake clock."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._clock.wait_for(self.is_set, timeout)
 
 
 def partial_of(frame: Frame) -> Frame:
@@ -173,9 +179,8 @@ def lab(
     with pytest.MonkeyPatch.context() as patch:
         for module in (router.experts.dispatcher, router.experts.pending):
             patch.setattr(module, "time", clock)
-        patch.setattr(router.experts.pending, "wait", clock.wait_futures)
-        threads = SimpleNamespace(Condition=lambda: FakeCondition(clock))
-        patch.setattr(router.experts.dispatcher, "threading", threads)
+            threads = SimpleNamespace(Condition=lambda: FakeCondition(clock), Event=lambda: FakeEvent(clock))
+            patch.setattr(module, "threading", threads)
         yield Lab(script, clock=clock, table=table, rules=rules or DispatchRules())
 
 

@@ -1,5 +1,7 @@
 """One dispatch over workers that a test holds: combine, rescue, refuse, give up, count; no row twice."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -468,3 +470,20 @@ def test_lost_call_is_rescued_while_a_slow_one_before_it_is_waited_for() -> None
         assert np.array_equal(it.run(given_choices), plain_combine(given_choices))
         assert it.clock.now_s == pytest.approx(100.9)
     assert sent_s[2] == pytest.approx(100.1)
+
+
+def test_answer_is_let_go_of_with_its_dispatch_and_not_by_a_later_collection() -> None:
+    answers = []
+
+    def later(number: int, worker_id: str, frame: Frame) -> Later:
+        answer = partial_of(frame)
+        answers.append(weakref.ref(answer.tensors[0]))
+        return Later(0.1, answer)
+
+    with lab(later, table=two_workers()) as it:
+        gc.disable()
+        try:
+            it.run(random_choices(9))
+            assert [answer() for answer in answers] == [None, None]
+        finally:
+            gc.enable()

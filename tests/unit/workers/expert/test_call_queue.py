@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -39,13 +39,14 @@ class Lab:
             metrics=self.metrics,
         )
 
-    def answer_all(self, frames: Sequence[Frame]) -> list[Frame]:
+    def answer_all(self, frames: Sequence[Frame], reply: Callable[[int, Frame], None]) -> None:
         self.batches.append([frame.call_id for frame in frames])
         self.computed_by.append(threading.current_thread().name)
         self.policies.append(os.sched_getscheduler(0) if hasattr(os, "SCHED_BATCH") else None)
         self.is_computing.set()
         assert self.may_go_on.wait(WAIT_S)
-        return [Frame(kind=FrameKind.PARTIAL, call_id=frame.call_id) for frame in frames]
+        for idx, frame in enumerate(frames):
+            reply(idx, Frame(kind=FrameKind.PARTIAL, call_id=frame.call_id))
 
     def submit(self, frame: Frame, *, may_compute: bool) -> None:
         self.queue.submit(frame, self.reply, may_compute=may_compute)
