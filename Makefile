@@ -8,8 +8,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := $(sort $(wildcard wire/proto/*.proto))
-# The quick ones first.
-TESTS := tests/unit $(filter-out tests/unit tests/data tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/))))
+# Unit tests run before them, two at a time; these start processes of their own and watch the clock.
+TESTS := $(filter-out tests/unit tests/data tests/__pycache__,$(patsubst %/,%,$(sort $(wildcard tests/*/))))
 BENCHMARKS := $(sort $(wildcard benchmarks/[a-z]*.py))
 # What the native kernels are compiled from, while Moray is installed.
 KERNELS := hatch_build.py model/kernels/native/build.py $(wildcard model/kernels/native/src/*)
@@ -47,7 +47,8 @@ run: $(VENV)/.installed-run ## Start a cluster here and ask it PROMPT; ONCE=1 st
 	@exec $(BIN)/moray up $(if $(filter-out 0,$(ONCE)),--once) $(if $(CONFIG),--config "$$CONFIG_OF_RUN") $(if $(MODEL),--model "$$MODEL_OF_RUN") --prompt "$$PROMPT_OF_RUN"
 
 test: system $(VENV)/.installed-dev static ## Everything except the slow tests: format, lint, types, import rules, then all tests.
-	$(BIN)/pytest -m "not slow" $(TESTS)
+	$(BIN)/pytest -m "not slow" -n 2 tests/unit
+	$(BIN)/pytest -m "not slow" --durations=25 $(TESTS)
 
 soak: system $(VENV)/.installed-dev ## The slow tests: the full form of the long ones.
 	@$(BIN)/pytest -m slow tests; status=$$?; \

@@ -60,18 +60,19 @@ def test_one_process_equals_the_goldens(make_shell: Callable[[], Shell], shape: 
         check(golden, tensors)
 
 
-# Each starts a cluster: other numbers of workers in full only in the long form.
+QUICK = (("default", 1), ("mtp", 2), ("sparse", 3))
+"""Each case starts a cluster: the others are in the long form."""
+
+
 @pytest.mark.parametrize(
     ("shape", "num_experts"),
     [
-        *((shape, 2) for shape in SHAPES),
-        ("sparse", 3),
-        ("default", 1),
+        *QUICK,
         *(
             pytest.param(shape, num_experts, marks=pytest.mark.slow)
             for shape in SHAPES
-            for num_experts in (1, 3)
-            if (shape, num_experts) not in {("sparse", 3), ("default", 1)}
+            for num_experts in (1, 2, 3)
+            if (shape, num_experts) not in QUICK
         ),
     ],
 )

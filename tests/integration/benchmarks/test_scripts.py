@@ -76,6 +76,7 @@ def test_replica_bias_levels_workers_better_than_shares_alone() -> None:
     assert all(result["plan_us"] > 0 for result in results)
 
 
+@pytest.mark.slow
 def test_first_token_of_a_cached_prompt_is_compared_with_a_cold_one() -> None:
     small = ("--model", "tiny", "--cached", "160", "--own", "8", "--repeats", "1")
     done = run_script("first_token_cached", *small, "--json")
@@ -85,6 +86,7 @@ def test_first_token_of_a_cached_prompt_is_compared_with_a_cold_one() -> None:
     assert all(row["ratio"] == row["cached_ms"] / row["cold_ms"] > 0 for row in results)
 
 
+@pytest.mark.slow
 def test_long_prompts_meet_streams_in_both_arrangements() -> None:
     small = ("--streams", "1", "--long-prompts", "2", "--long-tokens", "600", "--turns", "1")
     done = run_script("prefill_apart", *small, "--json")
@@ -94,6 +96,7 @@ def test_long_prompts_meet_streams_in_both_arrangements() -> None:
     assert report["busy_p99_ratio"] == p99["apart"] / p99["both"] > 0
 
 
+@pytest.mark.slow
 def test_overload_is_refused_and_what_is_accepted_is_answered() -> None:
     small = ("--room", "2", "--requests", "6", "--turns", "1", "--times", "4")
     done = run_script("overload", *small, "--json")

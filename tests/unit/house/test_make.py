@@ -50,11 +50,12 @@ def test_hooks_run_what_check_runs() -> None:
 def test_test_runs_the_other_steps_too() -> None:
     commands = [line.replace(f"{sys.prefix}/bin/", "") for line in make("-n", "test").splitlines()]
     assert set(commands_of_check()[:-1]) < set(commands)
-    assert commands[-1].startswith('pytest -m "not slow" tests/unit')
+    assert commands[-2].startswith('pytest -m "not slow" -n 2 tests/unit')
+    assert commands[-1].startswith('pytest -m "not slow" ')
 
 
 def test_test_runs_every_folder_of_tests() -> None:
-    run = make("-n", "test").splitlines()[-1].split()
+    run = " ".join(make("-n", "test").splitlines()[-2:]).split()
     folders = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").rglob("test_*.py")}
     assert {f"tests/{folder}" for folder in folders} <= set(run)
 
