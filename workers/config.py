@@ -122,8 +122,10 @@ class SelectionBiasConfig(FrozenConfig):
 class DispatchConfig(FrozenConfig):
     """How attention workers send tokens to expert workers."""
 
-    transport: Literal["auto", "grpc", "local"] = "auto"
+    transport: Literal["auto", "grpc", "local", "torch"] = "auto"
     """What carries calls: auto = shared memory within a host and gRPC between hosts (docs/transports.md)."""
+    torch_backend: Literal["gloo", "nccl"] = "gloo"
+    """With torch: of torch.distributed; nccl needs a GPU for every worker."""
     local_checksum: bool = False
     """Whether frames in shared memory have a checksum of their tensors, too: the bytes never leave memory."""
     payload: Literal["float32", "bfloat16", "fp8"] = "float32"

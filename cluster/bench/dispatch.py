@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from typing import Any
 import grpc
 import numpy as np
 
-from cluster.bench.dispatch_peer import FORM_S, HALF_BYTES, HANDSHAKE, PLAIN_METHOD, WAKE, group_place
+from cluster.bench.dispatch_peer import HALF_BYTES, HANDSHAKE, PLAIN_METHOD, WAKE
 from router.experts.connect import TransportKind, make_transport
 from router.experts.payload import RowForm, encode_rows
-from router.experts.torch_links import form_group, serve_store
-from router.experts.torch_transport import TorchExpertTransport
 from wire.frames import Frame, FrameKind
 from wire.metrics import Metrics
 from wire.proto import control_pb2
@@ -117,7 +115,7 @@ def measure_dispatch(*, num_rounds: int, on_progress: Callable[[int, int], None]
                         "plain gRPC stream": peer.plain_stream(case, stack),
                         "grpc": peer.transport("grpc", case, stack),
                     },
-                    {"torch (gloo)": peer.ranks(case)},
+                    {"torch (gloo)": peer.transport("torch", case, stack)},
                 )
                 found = [_take_turns(ways, num_rounds=num_rounds) for ways in groups]
             cases[case.name] = {name: times for part in found for name, times in part.items()}
@@ -149,7 +147,6 @@ class _Peer:
     wake: socket.socket
     worker_address: str
     plain_address: str
-    group: TorchExpertTransport
 
     def copies(self, case: DispatchCase) -> RoundTrip:
         """This process copies and wakes, the other one copies and wakes."""
@@ -173,11 +170,6 @@ class _Peer:
         transport.update_members([member])
         frame = _call(case)
         return lambda: transport.send(_WORKER, frame).result(timeout=_ANSWER_S)
-
-    def ranks(self, case: DispatchCase) -> RoundTrip:
-        """A call in the static group of the two processes."""
-        frame = _call(case)
-        return lambda: self.group.send(_WORKER, frame).result(timeout=_ANSWER_S)
 
     def plain_stream(self, case: DispatchCase, stack: ExitStack) -> RoundTrip:
         """As many bytes through a stream of gRPC."""
@@ -216,8 +208,7 @@ def _peer(cpu: int) -> Iterator[_Peer]:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     file = os.memfd_create("moray-bench")
     os.ftruncate(file, 2 * HALF_BYTES)
-    store = serve_store()
-    arguments = map(str, (file, far.fileno(), cpu, store.port))
+    arguments = map(str, (file, far.fileno(), cpu))
     command = [sys.executable, "-m", "cluster.bench.dispatch_peer", *arguments]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(file, far.fileno())
@@ -228,15 +219,12 @@ def _peer(cpu: int) -> Iterator[_Peer]:
         addresses = json.loads(process.stdout.readline())
         memory = mmap.mmap(file, 2 * HALF_BYTES)
         os.close(file)
-        links = form_group(group_place(1, store_port=store.port), wait_s=FORM_S)
-        group = TorchExpertTransport(links, ranks={_WORKER: 0}, metrics=Metrics("attention"))
-        with near, closing(group):
+        with near:
             yield _Peer(
                 memory=memory,
                 wake=near,
                 worker_address=addresses["worker"],
                 plain_address=addresses["plain"],
-                group=group,
             )
         process.stdin.close()
 

@@ -24,11 +24,11 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from router.experts.torch_links import GroupPlace, form_group
 from wire.frames import Array, Frame, FrameKind
 from wire.handshake import Handshake
 from wire.metrics import Metrics
-from wire.rpc import SERVER_OPTIONS
+from wire.proto import expert_pb2
+from wire.rpc import SERVER_OPTIONS, Context
 from workers.expert.call_queue import CallQueue
 from workers.expert.forward_stream import ForwardStream
 from workers.expert.local_server import LocalServer
@@ -37,6 +37,7 @@ from workers.expert.types import Reply
 
 HOST = "127.0.0.1"
 HANDSHAKE = Handshake(model="")
+_EXPERT = expert_pb2.DESCRIPTOR.services_by_name["Expert"].full_name
 PLAIN_METHOD = "/moray.bench.Plain/Stream"
 WAKE = struct.Struct("<QQ")
 """Bytes that were copied into the shared memory, and bytes to copy back behind them."""
@@ -44,13 +45,18 @@ HALF_BYTES = 1 << 24
 """Of the shared memory: there, and back."""
 
 
-FORM_S = 60
-"""Until the group of the two processes has formed."""
+def pairs_handler(ranks: TorchServer) -> grpc.GenericRpcHandler:
+    """Forms groups of torch.distributed with whoever asks, as an expert worker does."""
 
+    async def join(_request: expert_pb2.JoinPairRequest, _context: Context) -> expert_pb2.JoinPairReply:
+        return expert_pb2.JoinPairReply(store_port=await asyncio.to_thread(ranks.join, "gloo"))
 
-def group_place(rank: int, *, store_port: int) -> GroupPlace:
-    """Rank 0 answers, rank 1 calls."""
-    return GroupPlace(rank=rank, num_ranks=2, store_host=HOST, store_port=store_port)
+    handler = grpc.unary_unary_rpc_method_handler(
+        join,
+        request_deserializer=expert_pb2.JoinPairRequest.FromString,
+        response_serializer=expert_pb2.JoinPairReply.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(_EXPERT, {"JoinPair": handler})
 
 
 class Answers:
@@ -108,29 +114,28 @@ def start_plain() -> tuple[grpc.Server, str]:
     return server, address
 
 
-async def serve(wait_end: Callable[[], object], *, store_port: int) -> None:
+async def serve(wait_end: Callable[[], object]) -> None:
     """Runs every server until `wait_end` returns."""
     queue = CallQueue(Answers(), start=lambda: None, metrics=Metrics("expert"))
     server = grpc.aio.server(options=SERVER_OPTIONS)
     frames = ForwardStream(HANDSHAKE, partial(queue.submit, may_compute=False))
-    server.add_generic_rpc_handlers((frames.handler(),))
+    ranks = TorchServer(partial(queue.submit, may_compute=True))
+    server.add_generic_rpc_handlers((frames.handler(), pairs_handler(ranks)))
     address = f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}"
     await server.start()
     local = LocalServer(address, handshake=HANDSHAKE, submit=partial(queue.submit, may_compute=True))
     plain, plain_address = start_plain()
     sys.stdout.write(json.dumps({"worker": address, "plain": plain_address}) + "\n")
     sys.stdout.flush()
-    links = await asyncio.to_thread(form_group, group_place(0, store_port=store_port), wait_s=FORM_S)
-    ranks = TorchServer(links, ranks=[1], submit=partial(queue.submit, may_compute=True))
     await asyncio.to_thread(wait_end)
-    ranks.close()
+    await asyncio.to_thread(ranks.close)
     plain.stop(None)
     await server.stop(None)
     await asyncio.to_thread(local.close)
     queue.close()
 
 
-def main(memory_file: int, wake_file: int, cpu: int, store_port: int) -> None:
+def main(memory_file: int, wake_file: int, cpu: int) -> None:
     """Serves until stdin ends."""
     os.sched_setaffinity(0, {cpu})
     memory = mmap.mmap(memory_file, 2 * HALF_BYTES)
@@ -138,7 +143,7 @@ def main(memory_file: int, wake_file: int, cpu: int, store_port: int) -> None:
         target=answer_wakes, args=(memory, socket.socket(fileno=wake_file)), daemon=True
     )
     waking.start()
-    asyncio.run(serve(sys.stdin.read, store_port=store_port))
+    asyncio.run(serve(sys.stdin.read))
 
 
 if __name__ == "__main__":

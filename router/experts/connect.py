@@ -1,4 +1,4 @@
-"""Which transport carries a worker's calls: the same host's shared memory, or gRPC."""
+"""Which transport carries a worker's calls: the same host's shared memory, gRPC or torch.distributed."""
 
 import logging
 import socket
@@ -6,6 +6,8 @@ from typing import Literal
 
 from router.experts.grpc_transport import GrpcPeer
 from router.experts.local_transport import LocalPeer
+from router.experts.torch_links import Backend, check_backend
+from router.experts.torch_transport import TorchPeer
 from router.experts.transport import Peer, PeerTransport
 from wire.errors import WorkerLost
 from wire.handshake import Handshake
@@ -13,21 +15,38 @@ from wire.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
-TransportKind = Literal["auto", "grpc", "local"]
+TransportKind = Literal["auto", "grpc", "local", "torch"]
 
 
 def make_transport(
-    kind: TransportKind, handshake: Handshake, metrics: Metrics, *, local_checksum: bool = False
+    kind: TransportKind,
+    handshake: Handshake,
+    metrics: Metrics,
+    *,
+    local_checksum: bool = False,
+    torch_backend: Backend = "gloo",
 ) -> PeerTransport:
     """The transport of an attention worker.
 
     Args:
         kind: auto = shared memory to workers on this host, gRPC to all others; local = shared memory to
-            whoever listens on this host; both take gRPC where that cannot be had, and count it.
+            whoever listens on this host; both take gRPC where that cannot be had, and count it. torch = a
+            group of torch.distributed with each worker.
         handshake: what the worker must agree with.
         metrics: of the attention worker.
         local_checksum: whether frames in shared memory have a checksum of their tensors, too.
+        torch_backend: of the groups.
+
+    Raises:
+        ConfigError: the backend cannot be had here.
     """
+    if kind == "torch":
+        check_backend(torch_backend)
+        return PeerTransport(
+            lambda worker_id, address: TorchPeer(
+                worker_id, address=address, handshake=handshake, metrics=metrics, backend=torch_backend
+            )
+        )
     return PeerTransport(_Connector(kind, handshake, metrics, local_checksum=local_checksum).connect)
 
 

@@ -1,13 +1,13 @@
-"""Frames between the ranks of a static group, by torch.distributed point-to-point operations.
+"""Frames between the two ranks of a group of torch.distributed, by its point-to-point operations.
 
 Everyone to everyone: any attention worker may call any expert worker, so a step of several of them is an
-all-to-all whose parts need not be of one size or begin at one moment. There is one process group for calls
-and one for answers: on each, a pair of ranks sends in one direction only, so that a receive that waits (NCCL
-keeps a stream a pair) never stands before a send. A frame is its length, one int64, then its bytes; length
-0 ends a direction.
+all-to-all whose parts need not be of one size or begin at one moment. A collective over all ranks ends when
+one is lost; so each pair of workers is a group of its own, and a lost worker ends its pairs and nothing else.
+In a pair there is one process group for calls and one for answers: on each, the ranks send in one direction
+only, so that a receive that waits (NCCL keeps a stream a pair) never stands before a send. A frame is its
+length, one int64, then its bytes; length 0 ends a direction.
 
-The group is formed once, over a TCP store. A rank that is lost stays lost: whoever needs workers that come
-and go uses gRPC.
+A pair is formed over a TCP store. It does not mend: whoever comes back forms a new one.
 """
 
 from collections.abc import Callable
@@ -31,107 +31,130 @@ _FOREVER = timedelta(days=365)
 _MAX_FRAME_BYTES = 1 << 32
 
 
+WORKER_RANK, CALLER_RANK = 0, 1
+FORM_S = 30.0
+"""How long the two wait for each other."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class GroupPlace:
-    """One process of a static group, and where the group meets."""
+class PairPlace:
+    """One end of a pair, and where the two meet."""
 
     rank: int
-    num_ranks: int
+    """WORKER_RANK or CALLER_RANK."""
     store_host: str
     store_port: int
     """Where a TCP store listens; see `serve_store`."""
     backend: Backend = "gloo"
     """gloo = processors; nccl = one GPU a rank, tensors pass through its memory."""
 
+    @property
+    def other_rank(self) -> int:
+        """The one at the other end."""
+        return WORKER_RANK + CALLER_RANK - self.rank
+
 
 class OneWay:
-    """One direction of a group: bytes to any rank, bytes from any rank."""
+    """One direction of a pair: frames to the other rank, or frames from it."""
 
-    def __init__(self, group: dist.ProcessGroup, *, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, other_rank: int, device: torch.device) -> None:
         self._group = group
+        self._other_rank = other_rank
         self._device = device
 
-    def send(self, rank: int, data: bytes) -> None:
-        """Sends one frame, none = the end; used by one thread a rank.
+    def send(self, data: bytes) -> None:
+        """Sends one frame, none = the end; one thread at a time uses it.
 
         Raises:
-            WorkerLost: the rank is gone.
+            WorkerLost: the other rank is gone.
         """
         length = torch.tensor([len(data)], dtype=torch.int64)
-        self._do(self._group.send, length.to(self._device), rank)
+        self._do(self._group.send, length.to(self._device))
         if data:
             body = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            self._do(self._group.send, body.to(self._device), rank)
+            self._do(self._group.send, body.to(self._device))
 
-    def receive(self, rank: int) -> bytes:
-        """Waits for a frame, b"" = the end; used by one thread a rank.
+    def receive(self) -> bytes:
+        """Waits for a frame, b"" = the end; one thread uses it.
 
         Raises:
-            WorkerLost: the rank is gone.
+            WorkerLost: the other rank is gone.
             FrameInvalid: the length is none.
         """
         length = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self._do(self._group.recv, length, rank)
+        self._do(self._group.recv, length)
         num_bytes = int(length.item())
         if not 0 <= num_bytes <= _MAX_FRAME_BYTES:
-            raise FrameInvalid(f"rank {rank} announced a frame of {num_bytes} bytes", field="layout")
+            raise FrameInvalid(f"a frame of {num_bytes} bytes was announced", field="layout")
         body = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         if num_bytes:
-            self._do(self._group.recv, body, rank)
+            self._do(self._group.recv, body)
         return body.cpu().numpy().tobytes()
 
-    @staticmethod
-    def _do(operation: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, rank: int) -> None:
+    def _do(self, operation: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor) -> None:
         try:
-            operation([tensor], rank, 0).wait()
+            operation([tensor], self._other_rank, 0).wait()
         except RuntimeError as error:
-            raise WorkerLost(f"rank {rank} of the group is gone: {error}") from None
+            raise WorkerLost(f"the other rank of the pair is gone: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchLinks:
-    """What one process of the group holds."""
+    """What one end of a pair holds."""
 
     calls: OneWay
     answers: OneWay
 
 
 def serve_store(port: int = 0) -> TCPStore:
-    """The meeting point of a group; listens as long as the object lives, on a free port if 0."""
+    """The meeting point of a pair; listens as long as the object lives, on a free port if 0."""
     return TCPStore("0.0.0.0", port, is_master=True, wait_for_workers=False)
 
 
-def form_group(place: GroupPlace, *, wait_s: float) -> TorchLinks:
-    """Joins the group; returns when all its ranks have.
+def check_backend(backend: Backend) -> None:
+    """Whether this process can be in a pair of it.
 
     Raises:
         ConfigError: the backend is not in this build of torch, or there is no GPU for it.
-        WorkerLost: not all ranks came in time.
     """
-    try:
-        store = TCPStore(
-            place.store_host, place.store_port, is_master=False, timeout=timedelta(seconds=wait_s)
+    if backend == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise ConfigError(
+            field="dispatch.torch_backend",
+            wanted="gloo, or nccl on a host with a GPU",
+            given="nccl, and no GPU or no NCCL here",
         )
+
+
+def form_pair(place: PairPlace) -> TorchLinks:
+    """Meets the other end; returns when both are there.
+
+    Raises:
+        ConfigError: see `check_backend`.
+        WorkerLost: the other end did not come in time.
+    """
+    check_backend(place.backend)
+    wait = timedelta(seconds=FORM_S)
+    try:
+        store = TCPStore(place.store_host, place.store_port, is_master=False, timeout=wait)
         store.set(f"rank {place.rank}", "here")
-        store.wait([f"rank {rank}" for rank in range(place.num_ranks)], timedelta(seconds=wait_s))
+        store.wait([f"rank {place.other_rank}"], wait)
         return TorchLinks(
             calls=_form(place, PrefixStore("calls", store)),
             answers=_form(place, PrefixStore("answers", store)),
         )
     except RuntimeError as error:  # of torch.distributed, errors of the network among them
-        raise WorkerLost(f"the group of {place.num_ranks} ranks did not form: {error}") from None
+        raise WorkerLost(f"the pair did not form: {error}") from None
 
 
-def _form(place: GroupPlace, store: Store) -> OneWay:
+def _form(place: PairPlace, store: Store) -> OneWay:
     if place.backend == "gloo":
-        gloo = ProcessGroupGloo(store, place.rank, place.num_ranks, _FOREVER)
-        return OneWay(cast(dist.ProcessGroup, gloo), device=torch.device("cpu"))
-    if not (dist.is_nccl_available() and torch.cuda.is_available()):
-        raise ConfigError(field="backend", wanted="nccl on a host with a GPU", given="no GPU or no NCCL here")
+        gloo = ProcessGroupGloo(store, place.rank, 2, _FOREVER)
+        return OneWay(cast(dist.ProcessGroup, gloo), other_rank=place.other_rank, device=torch.device("cpu"))
     # CPU builds of torch have no such name.
     from torch._C._distributed_c10d import ProcessGroupNCCL
 
     options = ProcessGroupNCCL.Options()
     options._timeout = _FOREVER
-    nccl = ProcessGroupNCCL(store, place.rank, place.num_ranks, options)
-    return OneWay(cast(dist.ProcessGroup, nccl), device=torch.device("cuda", torch.cuda.current_device()))
+    nccl = ProcessGroupNCCL(store, place.rank, 2, options)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return OneWay(cast(dist.ProcessGroup, nccl), other_rank=place.other_rank, device=device)

@@ -1,90 +1,103 @@
-"""Expert calls to the ranks of a static group, over torch.distributed (torch_links.py)."""
+"""Expert calls over torch.distributed: a group of two for each expert worker (torch_links.py)."""
 
 import logging
 import queue
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 
+import grpc
+
 from router.experts.open_calls import OpenCalls
-from router.experts.torch_links import TorchLinks
-from router.experts.transport import unknown_worker
-from wire.errors import FrameInvalid, MorayError, WorkerLost
+from router.experts.torch_links import CALLER_RANK, FORM_S, Backend, PairPlace, TorchLinks, form_pair
+from wire.errors import FrameInvalid, MorayError, WorkerLost, from_rpc
 from wire.frames import Frame, decode_frame, encode_frame
+from wire.handshake import Handshake
 from wire.metrics import Metrics
+from wire.proto import expert_pb2, expert_pb2_grpc
+from wire.rpc import CHANNEL_OPTIONS
 
 _log = logging.getLogger(__name__)
 _END_S = 5.0
 """How long `close` waits for a worker to end its direction; a stopped one never does."""
 
 
-class TorchExpertTransport:
-    """Calls to every expert worker of a group that was formed before; a worker that is lost stays lost."""
+class TorchPeer:
+    """One pair; a thread forms it and sends, another receives, the first error fails all calls."""
 
-    def __init__(self, links: TorchLinks, *, ranks: Mapping[str, int], metrics: Metrics) -> None:
-        """Takes this process's links and the rank of each expert worker."""
-        self._peers = {
-            worker_id: _TorchPeer(worker_id, rank=rank, links=links, metrics=metrics)
-            for worker_id, rank in ranks.items()
-        }
-
-    def send(self, worker_id: str, frame: Frame) -> "Future[Frame]":
-        """Starts one call; see ExpertTransport."""
-        peer = self._peers.get(worker_id)
-        if peer is None:
-            return unknown_worker(worker_id)
-        return peer.send(frame)
-
-    def close(self) -> None:
-        """Ends every direction; open futures fail with WorkerLost."""
-        for peer in self._peers.values():
-            peer.close()
-
-
-class _TorchPeer:
-    """One rank; a thread sends, another receives, the first error fails all calls."""
-
-    def __init__(self, worker_id: str, *, rank: int, links: TorchLinks, metrics: Metrics) -> None:
-        self._name = f"expert worker {worker_id} at rank {rank}"
-        self._rank = rank
-        self._links = links
+    def __init__(
+        self, worker_id: str, *, address: str, handshake: Handshake, metrics: Metrics, backend: Backend
+    ) -> None:
+        """Begins to form the pair, without waiting for the worker; calls wait for it."""
+        self.address = address
+        self._name = f"expert worker {worker_id} at {address}"
+        self._handshake = handshake
         self._metrics = metrics
+        self._backend = backend
         self._calls = OpenCalls(self._name)
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=run, name=f"experts-{worker_id}", daemon=True)
-            for run in (self._send_all, self._receive_all)
-        ]
-        for thread in self._threads:
-            thread.start()
+        """b"" is the last."""
+        self._thread_name = f"experts-{worker_id}"
+        self._sender = threading.Thread(target=self._send_all, name=self._thread_name, daemon=True)
+        self._sender.start()
+
+    @property
+    def is_broken(self) -> bool:
+        """See Peer."""
+        return self._calls.is_broken
 
     def send(self, frame: Frame) -> "Future[Frame]":
+        """See Peer."""
         call_id, future = self._calls.open()
         if not future.done():
             self._outbox.put(encode_frame(replace(frame, call_id=call_id)))
         return future
 
     def close(self) -> None:
+        """See Peer; a worker that does not end its direction is waited for a little."""
         self._calls.fail(WorkerLost("the transport was closed"))
         self._outbox.put(b"")
-        for thread in self._threads:
-            thread.join(_END_S)
+        self._sender.join(_END_S)
 
     def _send_all(self) -> None:
-        """Sends what is in the outbox; b"" is the last."""
+        """Forms the pair and sends what is in the outbox; returns when both directions have ended."""
+        try:
+            links = self._form()
+        except MorayError as error:
+            self._fail(error)
+            return
+        receiver = threading.Thread(
+            target=self._receive_all, args=(links,), name=self._thread_name, daemon=True
+        )
+        receiver.start()
         try:
             data = None
             while data != b"":
                 data = self._outbox.get()
-                self._links.calls.send(self._rank, data)
+                links.calls.send(data)
         except WorkerLost as error:
             self._fail(error)
+        receiver.join(_END_S)
 
-    def _receive_all(self) -> None:
+    def _form(self) -> TorchLinks:
+        host = self.address.rpartition(":")[0].strip("[]")
+        request = expert_pb2.JoinPairRequest(backend=self._backend)
+        try:
+            with grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+                reply = expert_pb2_grpc.ExpertStub(channel).JoinPair(
+                    request, metadata=self._handshake.to_metadata(), timeout=FORM_S
+                )
+        except grpc.RpcError as error:
+            raise from_rpc(error) from None
+        place = PairPlace(
+            rank=CALLER_RANK, store_host=host, store_port=reply.store_port, backend=self._backend
+        )
+        return form_pair(place)
+
+    def _receive_all(self, links: TorchLinks) -> None:
         """Receives up to the end, even what is not looked at any more: nobody is to send in vain."""
         try:
-            while data := self._links.answers.receive(self._rank):
+            while data := links.answers.receive():
                 if not self._calls.is_broken:
                     self._take(data)
             self._fail(WorkerLost("ended its stream"))

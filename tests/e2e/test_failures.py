@@ -15,10 +15,20 @@ MOST_PAUSE_S = 2.0
 """What the loss of a worker may add to the longest gap of an undisturbed run."""
 
 
-@pytest.fixture(scope="module", params=[0, 12], ids=["single-copies", "copies"])
+COPIES = {"expert": {"replicas": 3, "num_slots": 12}}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param({"expert": {"replicas": 3}}, id="single-copies"),
+        pytest.param(COPIES, id="copies"),
+        pytest.param(COPIES | {"dispatch": {"transport": "torch"}}, id="torch", marks=pytest.mark.slow),
+    ],
+)
 def three(request: pytest.FixtureRequest, start: Callable[..., Running]) -> Running:
-    """Three expert workers: with each expert in one place, or most of them in two."""
-    return start({"expert": {"replicas": 3, "num_slots": request.param}})
+    """Three expert workers: each expert in one place, most in two, or so over torch.distributed."""
+    return start(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17wire/proto/expert.proto\x12\x08moray.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xce\x02\n\x05Scale\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x34\n\x0bnum_workers\x18\x02 \x03(\x0b\x32\x1f.moray.v1.Scale.NumWorkersEntry\x12)\n\x05roles\x18\x03 \x03(\x0b\x32\x1a.moray.v1.Scale.RolesEntry\x12\x16\n\x0e\x63ordoned_nodes\x18\x04 \x03(\t\x12+\n\x06phases\x18\x05 \x03(\x0b\x32\x1b.moray.v1.Scale.PhasesEntry\x1a\x31\n\x0fNumWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a,\n\nRolesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bPhasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x0b\x42\x65\x61tRequest\x12\x1e\n\x05scale\x18\x01 \x01(\x0b\x32\x0f.moray.v1.Scale\"X\n\tLayerRows\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\x04\x12\x12\n\nis_prefill\x18\x04 \x01(\x08\"X\n\nBeatReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04rows\x18\x02 \x03(\x0b\x32\x13.moray.v1.LayerRows\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\"I\n\x0eSlotAssignment\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08slot_idx\x18\x02 \x01(\r\x12\x12\n\nexpert_idx\x18\x03 \x01(\r\"R\n\x10LoadSlotsRequest\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\'\n\x05slots\x18\x02 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\"\x95\x01\n\nSlotReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1e\n\x05scale\x18\x05 \x01(\x0b\x32\x0f.moray.v1.Scale2\xb9\x01\n\x06\x45xpert\x12=\n\tLoadSlots\x12\x1a.moray.v1.LoadSlotsRequest\x1a\x14.moray.v1.SlotReport\x12;\n\x08\x44\x65scribe\x12\x19.moray.v1.DescribeRequest\x1a\x14.moray.v1.SlotReport\x12\x33\n\x04\x42\x65\x61t\x12\x15.moray.v1.BeatRequest\x1a\x14.moray.v1.BeatReportb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17wire/proto/expert.proto\x12\x08moray.v1\"\"\n\x0fJoinPairRequest\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\"#\n\rJoinPairReply\x12\x12\n\nstore_port\x18\x01 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xce\x02\n\x05Scale\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x34\n\x0bnum_workers\x18\x02 \x03(\x0b\x32\x1f.moray.v1.Scale.NumWorkersEntry\x12)\n\x05roles\x18\x03 \x03(\x0b\x32\x1a.moray.v1.Scale.RolesEntry\x12\x16\n\x0e\x63ordoned_nodes\x18\x04 \x03(\t\x12+\n\x06phases\x18\x05 \x03(\x0b\x32\x1b.moray.v1.Scale.PhasesEntry\x1a\x31\n\x0fNumWorkersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a,\n\nRolesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bPhasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"-\n\x0b\x42\x65\x61tRequest\x12\x1e\n\x05scale\x18\x01 \x01(\x0b\x32\x0f.moray.v1.Scale\"X\n\tLayerRows\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x12\n\nexpert_idx\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\x04\x12\x12\n\nis_prefill\x18\x04 \x01(\x08\"X\n\nBeatReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12!\n\x04rows\x18\x02 \x03(\x0b\x32\x13.moray.v1.LayerRows\x12\x14\n\x0c\x65xpert_bytes\x18\x03 \x01(\x04\"I\n\x0eSlotAssignment\x12\x11\n\tlayer_idx\x18\x01 \x01(\r\x12\x10\n\x08slot_idx\x18\x02 \x01(\r\x12\x12\n\nexpert_idx\x18\x03 \x01(\r\"R\n\x10LoadSlotsRequest\x12\x15\n\rtable_version\x18\x01 \x01(\x04\x12\'\n\x05slots\x18\x02 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\"\x95\x01\n\nSlotReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rtable_version\x18\x02 \x01(\x04\x12\'\n\x05slots\x18\x03 \x03(\x0b\x32\x18.moray.v1.SlotAssignment\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1e\n\x05scale\x18\x05 \x01(\x0b\x32\x0f.moray.v1.Scale2\xf9\x01\n\x06\x45xpert\x12=\n\tLoadSlots\x12\x1a.moray.v1.LoadSlotsRequest\x1a\x14.moray.v1.SlotReport\x12;\n\x08\x44\x65scribe\x12\x19.moray.v1.DescribeRequest\x1a\x14.moray.v1.SlotReport\x12\x33\n\x04\x42\x65\x61t\x12\x15.moray.v1.BeatRequest\x1a\x14.moray.v1.BeatReport\x12>\n\x08JoinPair\x12\x19.moray.v1.JoinPairRequest\x1a\x17.moray.v1.JoinPairReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,28 +37,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCALE_ROLESENTRY']._serialized_options = b'8\001'
   _globals['_SCALE_PHASESENTRY']._loaded_options = None
   _globals['_SCALE_PHASESENTRY']._serialized_options = b'8\001'
-  _globals['_DESCRIBEREQUEST']._serialized_start=37
-  _globals['_DESCRIBEREQUEST']._serialized_end=54
-  _globals['_SCALE']._serialized_start=57
-  _globals['_SCALE']._serialized_end=391
-  _globals['_SCALE_NUMWORKERSENTRY']._serialized_start=249
-  _globals['_SCALE_NUMWORKERSENTRY']._serialized_end=298
-  _globals['_SCALE_ROLESENTRY']._serialized_start=300
-  _globals['_SCALE_ROLESENTRY']._serialized_end=344
-  _globals['_SCALE_PHASESENTRY']._serialized_start=346
-  _globals['_SCALE_PHASESENTRY']._serialized_end=391
-  _globals['_BEATREQUEST']._serialized_start=393
-  _globals['_BEATREQUEST']._serialized_end=438
-  _globals['_LAYERROWS']._serialized_start=440
-  _globals['_LAYERROWS']._serialized_end=528
-  _globals['_BEATREPORT']._serialized_start=530
-  _globals['_BEATREPORT']._serialized_end=618
-  _globals['_SLOTASSIGNMENT']._serialized_start=620
-  _globals['_SLOTASSIGNMENT']._serialized_end=693
-  _globals['_LOADSLOTSREQUEST']._serialized_start=695
-  _globals['_LOADSLOTSREQUEST']._serialized_end=777
-  _globals['_SLOTREPORT']._serialized_start=780
-  _globals['_SLOTREPORT']._serialized_end=929
-  _globals['_EXPERT']._serialized_start=932
-  _globals['_EXPERT']._serialized_end=1117
+  _globals['_JOINPAIRREQUEST']._serialized_start=37
+  _globals['_JOINPAIRREQUEST']._serialized_end=71
+  _globals['_JOINPAIRREPLY']._serialized_start=73
+  _globals['_JOINPAIRREPLY']._serialized_end=108
+  _globals['_DESCRIBEREQUEST']._serialized_start=110
+  _globals['_DESCRIBEREQUEST']._serialized_end=127
+  _globals['_SCALE']._serialized_start=130
+  _globals['_SCALE']._serialized_end=464
+  _globals['_SCALE_NUMWORKERSENTRY']._serialized_start=322
+  _globals['_SCALE_NUMWORKERSENTRY']._serialized_end=371
+  _globals['_SCALE_ROLESENTRY']._serialized_start=373
+  _globals['_SCALE_ROLESENTRY']._serialized_end=417
+  _globals['_SCALE_PHASESENTRY']._serialized_start=419
+  _globals['_SCALE_PHASESENTRY']._serialized_end=464
+  _globals['_BEATREQUEST']._serialized_start=466
+  _globals['_BEATREQUEST']._serialized_end=511
+  _globals['_LAYERROWS']._serialized_start=513
+  _globals['_LAYERROWS']._serialized_end=601
+  _globals['_BEATREPORT']._serialized_start=603
+  _globals['_BEATREPORT']._serialized_end=691
+  _globals['_SLOTASSIGNMENT']._serialized_start=693
+  _globals['_SLOTASSIGNMENT']._serialized_end=766
+  _globals['_LOADSLOTSREQUEST']._serialized_start=768
+  _globals['_LOADSLOTSREQUEST']._serialized_end=850
+  _globals['_SLOTREPORT']._serialized_start=853
+  _globals['_SLOTREPORT']._serialized_end=1002
+  _globals['_EXPERT']._serialized_start=1005
+  _globals['_EXPERT']._serialized_end=1254
 # @@protoc_insertion_point(module_scope)

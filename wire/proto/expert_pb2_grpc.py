@@ -51,6 +51,11 @@ class ExpertStub:
                 request_serializer=wire_dot_proto_dot_expert__pb2.BeatRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_expert__pb2.BeatReport.FromString,
                 _registered_method=True)
+        self.JoinPair = channel.unary_unary(
+                '/moray.v1.Expert/JoinPair',
+                request_serializer=wire_dot_proto_dot_expert__pb2.JoinPairRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_expert__pb2.JoinPairReply.FromString,
+                _registered_method=True)
 
 
 class ExpertServicer:
@@ -79,6 +84,13 @@ class ExpertServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinPair(self, request, context):
+        """Begins to form a group of torch.distributed with the caller, the worker being rank 0 and the caller rank 1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_ExpertServicer_to_server(servicer, server):
                     servicer.Beat,
                     request_deserializer=wire_dot_proto_dot_expert__pb2.BeatRequest.FromString,
                     response_serializer=wire_dot_proto_dot_expert__pb2.BeatReport.SerializeToString,
+            ),
+            'JoinPair': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinPair,
+                    request_deserializer=wire_dot_proto_dot_expert__pb2.JoinPairRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_expert__pb2.JoinPairReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +198,33 @@ class Expert:
             '/moray.v1.Expert/Beat',
             wire_dot_proto_dot_expert__pb2.BeatRequest.SerializeToString,
             wire_dot_proto_dot_expert__pb2.BeatReport.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinPair(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moray.v1.Expert/JoinPair',
+            wire_dot_proto_dot_expert__pb2.JoinPairRequest.SerializeToString,
+            wire_dot_proto_dot_expert__pb2.JoinPairReply.FromString,
             options,
             channel_credentials,
             insecure,

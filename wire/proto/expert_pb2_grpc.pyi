@@ -41,6 +41,8 @@ class ExpertStub:
     """What the worker holds now."""
     Beat: _grpc.UnaryUnaryMultiCallable[_expert_pb2.BeatRequest, _expert_pb2.BeatReport]
     """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
+    JoinPair: _grpc.UnaryUnaryMultiCallable[_expert_pb2.JoinPairRequest, _expert_pb2.JoinPairReply]
+    """Begins to form a group of torch.distributed with the caller, the worker being rank 0 and the caller rank 1."""
 
 @_typing.type_check_only
 class ExpertAsyncStub(ExpertStub):
@@ -55,6 +57,8 @@ class ExpertAsyncStub(ExpertStub):
     """What the worker holds now."""
     Beat: _aio.UnaryUnaryMultiCallable[_expert_pb2.BeatRequest, _expert_pb2.BeatReport]  # type: ignore[assignment]
     """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
+    JoinPair: _aio.UnaryUnaryMultiCallable[_expert_pb2.JoinPairRequest, _expert_pb2.JoinPairReply]  # type: ignore[assignment]
+    """Begins to form a group of torch.distributed with the caller, the worker being rank 0 and the caller rank 1."""
 
 class ExpertServicer(metaclass=_abc_1.ABCMeta):
     """Expert workers. The data plane is a raw-frame stream (wire/frames.py):
@@ -84,5 +88,13 @@ class ExpertServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_expert_pb2.BeatReport, _abc.Awaitable[_expert_pb2.BeatReport]]:
         """A sign of life, and the rows counted since the last one: the controller's heartbeat."""
+
+    @_abc_1.abstractmethod
+    def JoinPair(
+        self,
+        request: _expert_pb2.JoinPairRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_expert_pb2.JoinPairReply, _abc.Awaitable[_expert_pb2.JoinPairReply]]:
+        """Begins to form a group of torch.distributed with the caller, the worker being rank 0 and the caller rank 1."""
 
 def add_ExpertServicer_to_server(servicer: ExpertServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

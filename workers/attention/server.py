@@ -107,7 +107,11 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         self._handshake = Handshake(model=checkpoint.fingerprint(), page_tokens=page_tokens)
         dispatch = settings.dispatch
         self._transport = make_transport(
-            dispatch.transport, self._handshake, self.metrics, local_checksum=dispatch.local_checksum
+            dispatch.transport,
+            self._handshake,
+            self.metrics,
+            local_checksum=dispatch.local_checksum,
+            torch_backend=dispatch.torch_backend,
         )
         self._dispatcher = ExpertDispatcher(
             self._transport,

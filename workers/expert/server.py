@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -15,6 +16,7 @@ import grpc.aio
 from model.errors import ModelError
 from model.matrix import Mlp
 from model.weights import load_experts
+from router.experts.torch_links import Backend
 from wire.errors import InvalidRequest, ModelBroken
 from wire.handshake import Handshake, check_handshake
 from wire.metrics import Metrics
@@ -28,6 +30,7 @@ from workers.expert.load import Ints, RecentLoad, summarise
 from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
+from workers.expert.torch_server import TorchServer
 from workers.expert.types import Place, Slot, slots_from_proto, slots_to_proto
 from workers.packing import make_packing
 from workers.progress import log_progress
@@ -87,6 +90,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         )
         self._readers_compute = settings.group.num_threads == 1
         self._local: LocalServer | None = None
+        self._pairs = TorchServer(partial(self._queue.submit, may_compute=self._readers_compute))
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self._server: grpc.aio.Server | None = None
 
@@ -108,6 +112,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             await self._server.stop(grace_s)
         if self._local is not None:
             await asyncio.to_thread(self._local.close)
+        await asyncio.to_thread(self._pairs.close)
         self._queue.close()
         self._loading.shutdown(wait=True, cancel_futures=True)
 
@@ -146,6 +151,17 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
                     is_prefill=phase == "prefill",
                 )
         return report
+
+    @unary_errors
+    async def JoinPair(
+        self, request: expert_pb2.JoinPairRequest, context: Context
+    ) -> expert_pb2.JoinPairReply:
+        """Begins to form a group of torch.distributed with the caller."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        if request.backend not in ("gloo", "nccl"):
+            raise InvalidRequest(f"backend {request.backend!r}; wanted gloo or nccl", field="backend")
+        port = await asyncio.to_thread(self._pairs.join, cast(Backend, request.backend))
+        return expert_pb2.JoinPairReply(store_port=port)
 
     def _export_load(self, rows: Iterable[Mapping[int, Ints]]) -> None:
         now_s = time.monotonic()

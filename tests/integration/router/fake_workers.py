@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import grpc
 
-from router.experts.torch_links import GroupPlace, TorchLinks, form_group, serve_store
+from router.experts.torch_links import WORKER_RANK, PairPlace, TorchLinks, form_pair, serve_store
 from wire.frames import Frame, decode_frame, encode_frame
+from wire.proto import expert_pb2, expert_pb2_grpc
 from wire.rpc import EXPERT_FRAMES, SERVER_OPTIONS
 from wire.same_host import Block, Message, listen_local, receive, receive_handshake, send_message
 
@@ -175,30 +176,40 @@ class _LocalLink:
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
-class TorchFake:
-    """One rank of a group of two, whose other is the transport under test."""
+class TorchFake(expert_pb2_grpc.ExpertServicer):
+    """A pair for every caller that asks for one."""
 
     def __init__(self, behaviour: Behaviour, *, port: int = 0) -> None:
-        assert not port, "a lost rank stays lost"
         self._behaviour = behaviour
-        self.store = serve_store()
-        self.address = f"{HOST}:{self.store.port}"
-        with ThreadPoolExecutor(2) as pool:
-            own, theirs = (pool.submit(form_group, self._place(rank), wait_s=30) for rank in range(2))
-            link, self.caller_links = _TorchLink(own.result()), theirs.result()
-        self._thread = threading.Thread(target=self._read, args=(link,), daemon=True)
-        self._thread.start()
+        self._links: list[_TorchLink] = []
+        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="fake")
+        self._server = grpc.server(self._pool, options=SERVER_OPTIONS)
+        expert_pb2_grpc.add_ExpertServicer_to_server(self, self._server)
+        self.address = f"{HOST}:{self._server.add_insecure_port(f'{HOST}:{port}')}"
+        self._server.start()
 
-    def _place(self, rank: int) -> GroupPlace:
-        return GroupPlace(rank=rank, num_ranks=2, store_host=HOST, store_port=self.store.port)
+    def JoinPair(self, request: expert_pb2.JoinPairRequest, context: Any) -> expert_pb2.JoinPairReply:
+        assert request.backend == "gloo"
+        store = serve_store()
+        thread = threading.Thread(target=self._read, args=(store,), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return expert_pb2.JoinPairReply(store_port=store.port)
 
-    def _read(self, link: "_TorchLink") -> None:
-        while link.links is not None and (data := link.links.calls.receive(1)):
+    def _read(self, store: Any) -> None:
+        place = PairPlace(rank=WORKER_RANK, store_host=HOST, store_port=store.port)
+        link = _TorchLink(form_pair(place))
+        self._links.append(link)
+        while link.links is not None and (data := link.links.calls.receive()):
             self._behaviour(link, decode_frame(data))
         link.end()
 
     def stop(self) -> None:
-        self._thread.join(ANSWER_S)
+        self._server.stop(None).wait()
+        self._pool.shutdown()
+        for link in self._links:
+            link.end()
 
 
 class _TorchLink:
@@ -208,12 +219,12 @@ class _TorchLink:
 
     def answer(self, call: Frame, data: bytes) -> None:
         assert self.links is not None
-        self.links.answers.send(1, data)
+        self.links.answers.send(data)
 
     def end(self) -> None:
         if self.links is not None and not self._has_ended:
             self._has_ended = True
-            self.links.answers.send(1, b"")
+            self.links.answers.send(b"")
 
     def hang_up(self) -> None:
         self.links = None  # as a process that dies: its connections are closed

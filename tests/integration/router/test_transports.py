@@ -14,15 +14,12 @@ import pytest
 
 from router.experts.connect import TransportKind, is_this_host, make_transport
 from router.experts.payload import PayloadForms, encode_rows, encode_sums, read_forward, read_partial
-from router.experts.torch_transport import TorchExpertTransport
-from router.experts.transport import PeerTransport
 from tests.integration.router.fake_workers import (
     ANSWER_S,
     FAKES,
     Behaviour,
     FakeWorker,
     Link,
-    TorchFake,
     answer,
 )
 from wire.errors import ExpertNotLoaded, FrameInvalid, WorkerLost
@@ -60,41 +57,14 @@ def honest(link: Link, call: Frame) -> None:
     answer(link, call, partial(call))
 
 
-class StaticGroups:
-    """One group of two for each worker: a rank of a larger one knows no more of the others."""
-
-    def __init__(self, workers: dict[str, FakeWorker], metrics: Metrics) -> None:
-        self._workers = workers
-        self._metrics = metrics
-        self._transports: dict[str, TorchExpertTransport] = {}
-
-    def send(self, worker_id: str, frame: Frame) -> "Future[Frame]":
-        worker = self._workers.get(worker_id)
-        if worker_id not in self._transports:
-            links = worker.caller_links if isinstance(worker, TorchFake) else None
-            self._transports[worker_id] = TorchExpertTransport(
-                links, ranks={worker_id: 0} if links else {}, metrics=self._metrics
-            )
-        return self._transports[worker_id].send(worker_id, frame)
-
-    def close(self) -> None:
-        for worker_id in self._workers:
-            self.send(worker_id, call_frame())  # a fake that nobody called waits for its end
-        for transport in self._transports.values():
-            transport.close()
-
-
 class Lab:
     """A transport under test and the workers it reaches."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: TransportKind) -> None:
+        self.kind: str = kind
         self.metrics = Metrics("attention")
         self.workers: dict[str, FakeWorker] = {}
-        if kind == "torch":
-            self.transport: StaticGroups | PeerTransport = StaticGroups(self.workers, self.metrics)
-        else:
-            self.transport = make_transport(kind, HANDSHAKE, self.metrics)
+        self.transport = make_transport(kind, HANDSHAKE, self.metrics)
 
     def start(self, name: str = "a", behaviour: Behaviour = honest, *, port: int = 0) -> FakeWorker:
         worker = self.workers[name] = FAKES[self.kind](behaviour, port=port)
@@ -102,11 +72,7 @@ class Lab:
         return worker
 
     def announce(self) -> None:
-        if isinstance(self.transport, PeerTransport):
-            self._announce(self.transport)
-
-    def _announce(self, transport: PeerTransport) -> None:
-        transport.update_members(
+        self.transport.update_members(
             control_pb2.Member(worker_id=name, role=control_pb2.ROLE_EXPERT, address=worker.address)
             for name, worker in self.workers.items()
         )
@@ -134,14 +100,6 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
 
 def error_of(future: "Future[Frame]") -> BaseException | None:
     return future.exception(timeout=ANSWER_S)
-
-
-@pytest.fixture
-def dynamic(lab: Lab) -> Lab:
-    """Of transports whose workers may come and go."""
-    if lab.kind == "torch":
-        pytest.skip("a rank that left its group stays lost")
-    return lab
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64])
@@ -277,9 +235,6 @@ def test_answer_that_cannot_be_read_is_refused_and_counted_and_the_next_call_rec
     lab.start(behaviour=lie_once)
     assert isinstance(error_of(lab.send(call_frame(1))), FrameInvalid)
     assert lab.dropped(reason) == 1
-    if lab.kind == "torch":
-        assert isinstance(error_of(lab.send(call_frame(2))), WorkerLost)
-        return
     assert lab.send(call_frame(2)).result(timeout=ANSWER_S).layer_idx == 2
 
 
@@ -327,29 +282,29 @@ def test_unknown_worker_is_lost(lab: Lab) -> None:
         lab.send(call_frame(), "nobody").result(timeout=ANSWER_S)
 
 
-def test_worker_that_left_the_cluster_is_let_go(dynamic: Lab) -> None:
-    dynamic.start("a", silent)
-    waiting = dynamic.send(call_frame())
-    worker = dynamic.workers.pop("a")
-    dynamic.announce()
+def test_worker_that_left_the_cluster_is_let_go(lab: Lab) -> None:
+    lab.start("a", silent)
+    waiting = lab.send(call_frame())
+    worker = lab.workers.pop("a")
+    lab.announce()
     assert isinstance(error_of(waiting), WorkerLost)
-    assert isinstance(error_of(dynamic.send(call_frame())), WorkerLost)
+    assert isinstance(error_of(lab.send(call_frame())), WorkerLost)
     worker.stop()
 
 
-def test_worker_that_starts_again_is_reached_again(dynamic: Lab) -> None:
+def test_worker_that_starts_again_is_reached_again(lab: Lab) -> None:
     """At the same address, without anyone telling the transport; calls in between are lost, not stuck."""
-    worker = dynamic.start()
-    dynamic.send(call_frame(1)).result(timeout=ANSWER_S)
+    worker = lab.start()
+    lab.send(call_frame(1)).result(timeout=ANSWER_S)
     worker.stop()
-    assert isinstance(error_of(dynamic.send(call_frame(2))), WorkerLost)
-    dynamic.workers["a"] = FAKES[dynamic.kind](honest, port=int(worker.address.rpartition(":")[2]))
+    assert isinstance(error_of(lab.send(call_frame(2))), WorkerLost)
+    lab.workers["a"] = FAKES[lab.kind](honest, port=int(worker.address.rpartition(":")[2]))
     ends_s = time.monotonic() + ANSWER_S
-    while (error := error_of(dynamic.send(call_frame(3)))) is not None:
+    while (error := error_of(lab.send(call_frame(3)))) is not None:
         assert isinstance(error, WorkerLost)
         assert time.monotonic() < ends_s
         time.sleep(0.01)
-    assert dynamic.send(call_frame(4)).result(timeout=ANSWER_S).layer_idx == 4
+    assert lab.send(call_frame(4)).result(timeout=ANSWER_S).layer_idx == 4
 
 
 def test_close_fails_open_calls(lab: Lab) -> None:
