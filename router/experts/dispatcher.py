@@ -71,10 +71,12 @@ class ExpertDispatcher:
         self.received_bytes = metrics.counter("dispatch_bytes_total", direction="received")
         self.phase: Phase = "decode"
         """Of the step under way."""
+        self.changed = threading.Event()
+        """An answer or a newer table came: what wakes the engine's thread, which waits for one dispatch at a
+        time and looks at all of its calls whatever woke it."""
         self._changed = threading.Condition()
         self._newest: RoutingTable | None = None
         self._in_force: RoutingTable | None = None
-        self._next_table: Future[None] = Future()
         self._probes: dict[str, _Probe] = {}
         self._hidden_size = 0
         """D of the rows seen last."""
@@ -84,8 +86,7 @@ class ExpertDispatcher:
         with self._changed:
             self._newest = table
             self._changed.notify_all()
-            arrived, self._next_table = self._next_table, Future()
-        arrived.set_result(None)
+        self.changed.set()
 
     def adopt_table(self, phase: Phase) -> None:
         """Puts the newest table in force and looks after quarantined workers; called between steps.
@@ -125,11 +126,6 @@ class ExpertDispatcher:
         """The newest table, for rows that are sent again; that in force while none has come."""
         with self._changed:
             return self._newest or self.table_in_force()
-
-    def next_table(self) -> "Future[None]":
-        """Done when a table comes that is newer than the newest now."""
-        with self._changed:
-            return self._next_table
 
     def loads_of(self, table: RoutingTable) -> WorkerLoads:
         """What the book says of a table's workers."""

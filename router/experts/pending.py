@@ -97,8 +97,7 @@ class PendingDispatch:
         self._x_TD = x_TD
         self._encoded = encode_rows(x_TD, dispatcher.forms.rows)
         self._began_s = time.monotonic()
-        self._changed = threading.Event()
-        """An answer or a newer table came: what wakes the engine's thread."""
+        self._changed = dispatcher.changed
         self._num_nonsense = 0
         self._last_error: MorayError | None = None
         table = dispatcher.table_in_force()
@@ -142,8 +141,6 @@ class PendingDispatch:
                 (one.error for one in open_attempts if one.error is not None), None
             ) or self._no_answer(open_attempts[0].call.worker_id)
         moments_s = [one.next_moment_s() for one in open_attempts]
-        if any(one.retry_at_s is not None for one in open_attempts):
-            self._dispatcher.next_table().add_done_callback(lambda _: self._changed.set())
         self._changed.wait(max(0.0, min(min(moments_s) - time.monotonic(), self._left_s())))
 
     def _poll(self, attempt: _Attempt) -> list[Part] | None:

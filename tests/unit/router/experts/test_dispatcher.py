@@ -52,15 +52,15 @@ def test_calls_say_the_phase_of_their_step() -> None:
     assert [frame.flags & FLAG_PREFILL for frame in it.frames] == [FLAG_PREFILL] * 2 + [0] * 2
 
 
-def test_next_table_is_done_when_a_newer_one_comes_and_only_then() -> None:
+def test_newer_table_wakes_who_waits_and_nothing_else_does() -> None:
     with lab(table=two_workers(1)) as it:
-        arrives = it.dispatcher.next_table()
-        assert not arrives.done()
+        it.dispatcher.changed.clear()
+        it.dispatcher.adopt_table("decode")
+        assert not it.dispatcher.changed.is_set()
         it.dispatcher.set_table(two_workers(2))
-        assert arrives.done()
+        assert it.dispatcher.changed.is_set()
         assert it.dispatcher.newest_table().version == 2
         assert it.dispatcher.table_in_force().version == 1
-        assert not it.dispatcher.next_table().done()
 
 
 def test_loads_are_what_the_book_says_in_the_order_of_the_table() -> None:
