@@ -39,6 +39,12 @@ def balance_of(load_LW: Floats) -> Floats:
     return balance_L
 
 
+def levelness(load_LW: Floats) -> dict[str, float]:
+    """`balance_of` as reports give it: the mean over the layers, and the worst of them."""
+    balance_L = balance_of(load_LW)
+    return {"mean": float(balance_L.mean()), "worst_layer": float(balance_L.min())}
+
+
 def count_moves(old_LWX: Ints, new_LWX: Ints, num_experts: int) -> int:
     """Copies that some worker must receive: what it holds in `new` and not in `old`.
 

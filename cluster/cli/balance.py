@@ -113,13 +113,13 @@ def _plan(
 
 def _measure(loads_LE: "Floats", plan_LWX: "Ints", previous_LWX: "Ints | None") -> Report:
     """Balance before and after, and the copies that move."""
-    from cluster.balance.measure import count_moves, count_replicas, worker_loads
+    from cluster.balance.measure import count_moves, count_replicas, levelness, worker_loads
     from cluster.balance.shares import plan_shares
 
     num_experts = loads_LE.shape[1]
     before = None
     if previous_LWX is not None and (count_replicas(previous_LWX, num_experts) > 0).all():
-        before = _balance(worker_loads(loads_LE, previous_LWX))
+        before = levelness(worker_loads(loads_LE, previous_LWX))
     share_LWX = plan_shares(loads_LE, plan_LWX)
     shared_LW = _loads_with_shares(loads_LE, plan_LWX, share_LWX)
     moved = None if previous_LWX is None else count_moves(previous_LWX, plan_LWX, num_experts)
@@ -129,8 +129,8 @@ def _measure(loads_LE: "Floats", plan_LWX: "Ints", previous_LWX: "Ints | None") 
         "workers": plan_LWX.shape[1],
         "slots": plan_LWX.shape[1] * plan_LWX.shape[2],
         "balance_before": before,
-        "balance": _balance(worker_loads(loads_LE, plan_LWX)),
-        "balance_with_shares": _balance(shared_LW),
+        "balance": levelness(worker_loads(loads_LE, plan_LWX)),
+        "balance_with_shares": levelness(shared_LW),
         "most_replicas": int(count_replicas(plan_LWX, num_experts).max()),
         "moved_copies": moved,
         "moved_share": None if moved is None else moved / plan_LWX.size,
@@ -143,13 +143,6 @@ def _loads_with_shares(loads_LE: "Floats", plan_LWX: "Ints", share_LWX: "Floats"
     layers = np.arange(len(plan_LWX))[:, None, None]
     load_LW: Floats = (share_LWX * loads_LE[layers, plan_LWX]).sum(axis=2)
     return load_LW
-
-
-def _balance(load_LW: "Floats") -> dict[str, float]:
-    from cluster.balance.measure import balance_of
-
-    balance_L = balance_of(load_LW)
-    return {"mean": float(balance_L.mean()), "worst_layer": float(balance_L.min())}
 
 
 def _read_array(path: Path) -> "npt.NDArray[Any]":

@@ -66,23 +66,17 @@ def balance_phases(
 def _compare(loads: "Mapping[Phase, Floats]", plan: "ApartPlan", fleet: "Fleet") -> dict[str, Any]:
     """Phase -> how level the workers are that take its rows, apart and with one plan for both phases."""
     from cluster.balance.homes import plan_homes
+    from cluster.balance.measure import levelness, worker_loads
 
     joint_LWX = plan_homes(loads["prefill"] + loads["decode"], fleet)
     return {
         phase: {
             "workers": len(plan.workers_of(phase)),
-            "balance": _levelness(loads_LE, plan.plan_LWX[:, plan.workers_of(phase)]),
-            "balance_in_joint_plan": _levelness(loads_LE, joint_LWX),
+            "balance": levelness(worker_loads(loads_LE, plan.plan_LWX[:, plan.workers_of(phase)])),
+            "balance_in_joint_plan": levelness(worker_loads(loads_LE, joint_LWX)),
         }
         for phase, loads_LE in loads.items()
     }
-
-
-def _levelness(loads_LE: "Floats", plan_LWX: "Ints") -> dict[str, float]:
-    from cluster.balance.measure import balance_of, worker_loads
-
-    balance_L = balance_of(worker_loads(loads_LE, plan_LWX))
-    return {"mean": float(balance_L.mean()), "worst_layer": float(balance_L.min())}
 
 
 def show_phases(report: Mapping[str, Any]) -> None:
