@@ -182,7 +182,6 @@ class TorchFake(expert_pb2_grpc.ExpertServicer):
     def __init__(self, behaviour: Behaviour, *, port: int = 0) -> None:
         self._behaviour = behaviour
         self._links: list[_TorchLink] = []
-        self._threads: list[threading.Thread] = []
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fake")
         self._server = grpc.server(self._pool, options=SERVER_OPTIONS)
         expert_pb2_grpc.add_ExpertServicer_to_server(self, self._server)
@@ -192,9 +191,7 @@ class TorchFake(expert_pb2_grpc.ExpertServicer):
     def JoinPair(self, request: expert_pb2.JoinPairRequest, context: Any) -> expert_pb2.JoinPairReply:
         assert request.backend == "gloo"
         store = serve_store()
-        thread = threading.Thread(target=self._read, args=(store,), daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        threading.Thread(target=self._read, args=(store,), daemon=True).start()
         return expert_pb2.JoinPairReply(store_port=store.port)
 
     def _read(self, store: Any) -> None:
@@ -210,6 +207,7 @@ class TorchFake(expert_pb2_grpc.ExpertServicer):
         self._pool.shutdown()
         for link in self._links:
             link.end()
+        self._links.clear()  # the server, in a cycle of its own, keeps this object
 
 
 class _TorchLink:
@@ -219,7 +217,8 @@ class _TorchLink:
 
     def answer(self, call: Frame, data: bytes) -> None:
         assert self.links is not None
-        self.links.answers.send(data)
+        if not self._has_ended:  # nobody receives after the end: the send would never return
+            self.links.answers.send(data)
 
     def end(self) -> None:
         if self.links is not None and not self._has_ended:

@@ -325,7 +325,7 @@ def until(is_so: Callable[[], bool]) -> bool:
     return is_so()
 
 
-@pytest.mark.parametrize("kind", ["grpc", "local"])
+@pytest.mark.parametrize("kind", ["grpc", "local", "torch"])
 def test_streams_leave_no_threads_and_no_files(kind: TransportKind, caplog: pytest.LogCaptureFixture) -> None:
     """Broken ones, too: each of them was replaced when the next call came."""
     caplog.set_level("CRITICAL")  # a log that is kept keeps its errors, and they what they are about
