@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from wire.errors import HandshakeRefused
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised by every change of frames or internal protos that an older peer would misread."""
 
 _PROTOCOL_KEY = "moray-protocol"

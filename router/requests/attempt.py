@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
+from router.requests.feed import EventFeed, EventQueue
 from router.requests.ledger import Ledger
 from router.requests.links import WorkerLinks
 from router.requests.selection import Route
@@ -17,6 +18,8 @@ from wire.handshake import Handshake
 from wire.proto import attention_pb2
 
 _MAX_DEADLINE_MS = (1 << 32) - 1
+_LAST_EVENTS_S = 5.0
+"""The worker has sent the last events when it ends the call: how long they may still be on their way."""
 
 _Call = grpc.aio.UnaryStreamCall[attention_pb2.SequenceRequest, attention_pb2.SequenceEvent]
 
@@ -48,10 +51,15 @@ class AttemptFailed(Exception):
 class Attempt:
     """An open call; made by `open_attempt`, which also ends it."""
 
-    def __init__(self, call: _Call, on_first_token: Callable[[int], None]) -> None:
+    def __init__(
+        self, call: _Call, *, feed: EventFeed, events: EventQueue, on_first_token: Callable[[int], None]
+    ) -> None:
         self._call = call
+        self._feed = feed
+        self._events = events
         self._on_first_token = on_first_token
         self._has_tokens = False
+        call.add_done_callback(lambda _: events.put_nowait(None))
 
     async def read(self) -> attention_pb2.SequenceEvent:
         """The next event.
@@ -59,8 +67,21 @@ class Attempt:
         Raises:
             AttemptFailed: the call broke, was refused, or ended without an end mark.
         """
+        event = await self._events.get()
+        if event is None:
+            await self._check_call()
+            event = await self._read_rest()
+        if event.token_ids and not self._has_tokens:
+            self._has_tokens = True
+            self._on_first_token(event.num_cached_tokens)
+        return event
+
+    async def _check_call(self) -> None:
+        """Returns if it has ended well; its last events may then still be on their way."""
+        if self._feed.error is not None and not self._call.done():
+            raise AttemptFailed(self._feed.error, is_answer=False)
         try:
-            event = await self._call.read()
+            await self._call.read()
         except grpc.aio.AioRpcError as error:
             trailers = error.trailing_metadata() or ()
             is_answer = any(pair[0] == ERROR_KEY for pair in trailers)
@@ -70,33 +91,33 @@ class Attempt:
                 raise
             # The call was cancelled and this task was not: its channel was closed under it.
             raise AttemptFailed(WorkerLost("the worker left the cluster"), is_answer=False) from None
-        if isinstance(event, attention_pb2.SequenceEvent):
-            if event.token_ids and not self._has_tokens:
-                self._has_tokens = True
-                self._on_first_token(event.num_cached_tokens)
-            return event
-        raise AttemptFailed(WorkerLost("the worker ended its stream without an end mark"), is_answer=False)
+
+    async def _read_rest(self) -> attention_pb2.SequenceEvent:
+        """An event of a call that has ended well."""
+        with contextlib.suppress(TimeoutError):
+            event = await asyncio.wait_for(self._events.get(), _LAST_EVENTS_S)
+            if event is not None:
+                self._events.put_nowait(None)
+                return event
+        error = self._feed.error or WorkerLost("the worker ended its stream without an end mark")
+        raise AttemptFailed(error, is_answer=False)
 
 
-@contextlib.contextmanager
-def open_attempt(
+@contextlib.asynccontextmanager
+async def open_attempt(
     sequence: attention_pb2.SequenceRequest,
     *,
     route: Route,
     terms: CallTerms,
     ledger: Ledger,
     links: WorkerLinks,
-) -> Iterator[Attempt]:
+) -> AsyncIterator[Attempt]:
     """Starts a call; on leaving, cancels it if it still runs and closes its lease.
 
     Raises:
         DeadlinePassed: there is no time left to call.
+        AttemptFailed: the worker cannot be reached, or refuses this router.
     """
-    timeout_s = None if terms.end_s is None else terms.end_s - asyncio.get_running_loop().time()
-    if timeout_s is not None and timeout_s <= 0:
-        raise DeadlinePassed("the deadline passed before a worker could start")
-    if timeout_s is not None:
-        sequence.deadline_ms = min(math.ceil(timeout_s * 1000), _MAX_DEADLINE_MS)
 
     def arrive(num_cached_tokens: int) -> None:
         ledger.end_prefill(lease)
@@ -104,15 +125,40 @@ def open_attempt(
 
     lease = ledger.open(route, prompt_tokens=terms.num_tokens, num_pages=terms.num_pages)
     try:
-        call = links.stub(route.decode).Generate(
-            sequence, timeout=timeout_s, metadata=terms.handshake.to_metadata()
-        )
-        try:
-            yield Attempt(call, arrive)
-        finally:
-            call.cancel()
+        link = links.find(route.decode)
+        feed = link.feed(terms.handshake)
+        await _wait_open(feed, _left_s(terms))
+        timeout_s = _left_s(terms)
+        if timeout_s is not None:
+            sequence.deadline_ms = min(math.ceil(timeout_s * 1000), _MAX_DEADLINE_MS)
+        with feed.attach() as (sequence.sequence_number, events):
+            sequence.stream_id = feed.stream_id
+            call = link.stub.Generate(sequence, timeout=timeout_s, metadata=terms.handshake.to_metadata())
+            try:
+                yield Attempt(call, feed=feed, events=events, on_first_token=arrive)
+            finally:
+                call.cancel()
     finally:
         ledger.close(lease)
+
+
+def _left_s(terms: CallTerms) -> float | None:
+    """Seconds up to the deadline; None = there is none."""
+    left_s = None if terms.end_s is None else terms.end_s - asyncio.get_running_loop().time()
+    if left_s is not None and left_s <= 0:
+        raise DeadlinePassed("the deadline passed before a worker could start")
+    return left_s
+
+
+async def _wait_open(feed: EventFeed, timeout_s: float | None) -> None:
+    if feed.is_open:
+        return
+    try:
+        await asyncio.wait_for(feed.wait_open(), timeout_s)
+    except TimeoutError:
+        raise DeadlinePassed("the deadline passed before a worker could start") from None
+    except MorayError as error:
+        raise AttemptFailed(error, is_answer=False) from error
 
 
 def _is_being_cancelled() -> bool:

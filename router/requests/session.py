@@ -93,21 +93,21 @@ class SessionRunner:
             trip, route = await self._wait_route(request, state, num_replayed=num_before, end_s=end_s)
             sequence = transcript.plan_sequence(attempt=attempt_idx, prefill_address=route.prefill_address)
             terms = self._terms(request, trip, route, end_s=end_s)
-            with open_attempt(
-                sequence, route=route, terms=terms, ledger=self.ledger, links=self._links
-            ) as call:
-                try:
+            try:
+                async with open_attempt(
+                    sequence, route=route, terms=terms, ledger=self.ledger, links=self._links
+                ) as call:
                     while True:
                         batch = await _next_batch(call, transcript)
                         yield batch
                         if batch.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
                             return
-                except AttemptFailed as error:
-                    failure = Failure(
-                        error=error.error,
-                        is_answer=error.is_answer,
-                        made_progress=transcript.num_tokens > num_before,
-                    )
+            except AttemptFailed as error:
+                failure = Failure(
+                    error=error.error,
+                    is_answer=error.is_answer,
+                    made_progress=transcript.num_tokens > num_before,
+                )
             if ending := transcript.plan_ending():
                 yield ending
                 return

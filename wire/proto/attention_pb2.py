@@ -25,23 +25,29 @@ _sym_db = _symbol_database.Default()
 from wire.proto import common_pb2 as wire_dot_proto_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/attention.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\"\xc8\x02\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fprefill_address\x18\x07 \x01(\t\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x10\n\x08transfer\x18( \x01(\r\x12\x18\n\x10\x66irst_wanted_row\x18) \x01(\r\x12\x12\n\nnixl_bytes\x18* \x01(\x04\x12\x10\n\x08priority\x18\x1e \x01(\x11\x12\x0e\n\x06tenant\x18\x1f \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18  \x01(\r\"\xc9\x01\n\rSequenceEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\"\xa9\x01\n\x08KvHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x17\n\x0f\x66irst_token_idx\x18\x03 \x01(\r\x12\x10\n\x08transfer\x18\n \x01(\r\x12\x10\n\x08num_rows\x18\x0b \x01(\r\x12 \n\x05place\x18\x0c \x01(\x0b\x32\x11.moray.v1.KvPlace\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\"\x89\x01\n\x07KvPlace\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\r\x12\x0e\n\x06ticket\x18\x05 \x01(\x04\x12\x11\n\trow_width\x18\x06 \x01(\r\x12\x11\n\trow_dtype\x18\x07 \x01(\t\"7\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\r2M\n\tAttention\x12@\n\x08Generate\x12\x19.moray.v1.SequenceRequest\x1a\x17.moray.v1.SequenceEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1awire/proto/attention.proto\x12\x08moray.v1\x1a\x17wire/proto/common.proto\"\"\n\rFollowRequest\x12\x11\n\tstream_id\x18\x01 \x01(\t\"5\n\nEventBatch\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.moray.v1.NumberedEvent\"P\n\rNumberedEvent\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12&\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x17.moray.v1.SequenceEvent\"\xf4\x02\n\x0fSequenceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.moray.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x17\n\x0fprefill_address\x18\x07 \x01(\t\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x10\n\x08transfer\x18( \x01(\r\x12\x18\n\x10\x66irst_wanted_row\x18) \x01(\r\x12\x12\n\nnixl_bytes\x18* \x01(\x04\x12\x10\n\x08priority\x18\x1e \x01(\x11\x12\x0e\n\x06tenant\x18\x1f \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18  \x01(\r\x12\x11\n\tstream_id\x18\x32 \x01(\t\x12\x17\n\x0fsequence_number\x18\x33 \x01(\x04\"\xc9\x01\n\rSequenceEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12-\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x16.moray.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\x12)\n\x08logprobs\x18\n \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x17.moray.v1.TokenLogprobs\"\xa9\x01\n\x08KvHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x17\n\x0f\x66irst_token_idx\x18\x03 \x01(\r\x12\x10\n\x08transfer\x18\n \x01(\r\x12\x10\n\x08num_rows\x18\x0b \x01(\r\x12 \n\x05place\x18\x0c \x01(\x0b\x32\x11.moray.v1.KvPlace\x12\x19\n\x11num_cached_tokens\x18\x14 \x01(\r\"\x89\x01\n\x07KvPlace\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\r\x12\x0e\n\x06ticket\x18\x05 \x01(\x04\x12\x11\n\trow_width\x18\x06 \x01(\r\x12\x11\n\trow_dtype\x18\x07 \x01(\t\"7\n\x0cScoreRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x63hunk_tokens\x18\x02 \x01(\r2\x88\x01\n\tAttention\x12@\n\x08Generate\x12\x19.moray.v1.SequenceRequest\x1a\x17.moray.v1.SequenceEvent0\x01\x12\x39\n\x06\x46ollow\x12\x17.moray.v1.FollowRequest\x1a\x14.moray.v1.EventBatch0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'wire.proto.attention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEQUENCEREQUEST']._serialized_start=66
-  _globals['_SEQUENCEREQUEST']._serialized_end=394
-  _globals['_SEQUENCEEVENT']._serialized_start=397
-  _globals['_SEQUENCEEVENT']._serialized_end=598
-  _globals['_KVHEADER']._serialized_start=601
-  _globals['_KVHEADER']._serialized_end=770
-  _globals['_KVPLACE']._serialized_start=773
-  _globals['_KVPLACE']._serialized_end=910
-  _globals['_SCOREREQUEST']._serialized_start=912
-  _globals['_SCOREREQUEST']._serialized_end=967
-  _globals['_ATTENTION']._serialized_start=969
-  _globals['_ATTENTION']._serialized_end=1046
+  _globals['_FOLLOWREQUEST']._serialized_start=65
+  _globals['_FOLLOWREQUEST']._serialized_end=99
+  _globals['_EVENTBATCH']._serialized_start=101
+  _globals['_EVENTBATCH']._serialized_end=154
+  _globals['_NUMBEREDEVENT']._serialized_start=156
+  _globals['_NUMBEREDEVENT']._serialized_end=236
+  _globals['_SEQUENCEREQUEST']._serialized_start=239
+  _globals['_SEQUENCEREQUEST']._serialized_end=611
+  _globals['_SEQUENCEEVENT']._serialized_start=614
+  _globals['_SEQUENCEEVENT']._serialized_end=815
+  _globals['_KVHEADER']._serialized_start=818
+  _globals['_KVHEADER']._serialized_end=987
+  _globals['_KVPLACE']._serialized_start=990
+  _globals['_KVPLACE']._serialized_end=1127
+  _globals['_SCOREREQUEST']._serialized_start=1129
+  _globals['_SCOREREQUEST']._serialized_end=1184
+  _globals['_ATTENTION']._serialized_start=1187
+  _globals['_ATTENTION']._serialized_end=1323
 # @@protoc_insertion_point(module_scope)

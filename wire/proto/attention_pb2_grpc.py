@@ -43,6 +43,11 @@ class AttentionStub:
                 request_serializer=wire_dot_proto_dot_attention__pb2.SequenceRequest.SerializeToString,
                 response_deserializer=wire_dot_proto_dot_attention__pb2.SequenceEvent.FromString,
                 _registered_method=True)
+        self.Follow = channel.unary_stream(
+                '/moray.v1.Attention/Follow',
+                request_serializer=wire_dot_proto_dot_attention__pb2.FollowRequest.SerializeToString,
+                response_deserializer=wire_dot_proto_dot_attention__pb2.EventBatch.FromString,
+                _registered_method=True)
 
 
 class AttentionServicer:
@@ -53,7 +58,15 @@ class AttentionServicer:
     """
 
     def Generate(self, request, context):
-        """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens.
+        """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens, or sends them
+        through the stream that the request names and ends behind the last of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Follow(self, request, context):
+        """What all sequences that name this stream tell: one message a step. The first, empty, says that it is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -66,6 +79,11 @@ def add_AttentionServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=wire_dot_proto_dot_attention__pb2.SequenceRequest.FromString,
                     response_serializer=wire_dot_proto_dot_attention__pb2.SequenceEvent.SerializeToString,
+            ),
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=wire_dot_proto_dot_attention__pb2.FollowRequest.FromString,
+                    response_serializer=wire_dot_proto_dot_attention__pb2.EventBatch.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -99,6 +117,33 @@ class Attention:
             '/moray.v1.Attention/Generate',
             wire_dot_proto_dot_attention__pb2.SequenceRequest.SerializeToString,
             wire_dot_proto_dot_attention__pb2.SequenceEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moray.v1.Attention/Follow',
+            wire_dot_proto_dot_attention__pb2.FollowRequest.SerializeToString,
+            wire_dot_proto_dot_attention__pb2.EventBatch.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,7 +38,11 @@ class AttentionStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AttentionAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_attention_pb2.SequenceRequest, _attention_pb2.SequenceEvent]
-    """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens."""
+    """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens, or sends them
+    through the stream that the request names and ends behind the last of them.
+    """
+    Follow: _grpc.UnaryStreamMultiCallable[_attention_pb2.FollowRequest, _attention_pb2.EventBatch]
+    """What all sequences that name this stream tell: one message a step. The first, empty, says that it is open."""
 
 @_typing.type_check_only
 class AttentionAsyncStub(AttentionStub):
@@ -50,7 +54,11 @@ class AttentionAsyncStub(AttentionStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_attention_pb2.SequenceRequest, _attention_pb2.SequenceEvent]  # type: ignore[assignment]
-    """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens."""
+    """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens, or sends them
+    through the stream that the request names and ends behind the last of them.
+    """
+    Follow: _aio.UnaryStreamMultiCallable[_attention_pb2.FollowRequest, _attention_pb2.EventBatch]  # type: ignore[assignment]
+    """What all sequences that name this stream tell: one message a step. The first, empty, says that it is open."""
 
 class AttentionServicer(metaclass=_abc_1.ABCMeta):
     """Attention workers. Two calls answer with raw frames instead of messages (wire/frames.py):
@@ -65,6 +73,16 @@ class AttentionServicer(metaclass=_abc_1.ABCMeta):
         request: _attention_pb2.SequenceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_attention_pb2.SequenceEvent], _abc.AsyncIterator[_attention_pb2.SequenceEvent]]:
-        """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens."""
+        """Prefills here or pulls the pages from `prefill_address`, then decodes; streams the new tokens, or sends them
+        through the stream that the request names and ends behind the last of them.
+        """
+
+    @_abc_1.abstractmethod
+    def Follow(
+        self,
+        request: _attention_pb2.FollowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_attention_pb2.EventBatch], _abc.AsyncIterator[_attention_pb2.EventBatch]]:
+        """What all sequences that name this stream tell: one message a step. The first, empty, says that it is open."""
 
 def add_AttentionServicer_to_server(servicer: AttentionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -36,6 +36,7 @@ from wire.watch import ClusterWatch
 from workers.attention.build import EngineConfig, build_engine
 from workers.attention.checkup import Checkup
 from workers.attention.drain import Door
+from workers.attention.event_streams import EventStreams, StreamTaker
 from workers.attention.grammar import GrammarCompiler
 from workers.attention.health import HealthRules, Verdict
 from workers.attention.kv_receive import KvReceiver
@@ -132,6 +133,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             on_progress=log_progress(_log, f"tensors of {worker_id}"),
         )
         self._relay = EventRelay(self._on_event)
+        self._streams = EventStreams()
         self._checkup = Checkup(
             self._engine,
             relay=self._relay,
@@ -201,6 +203,9 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Ends open calls, the engine and every channel; the port is free afterwards."""
+        self._door.close()
+        await self._door.wait_empty(grace_s)
+        self._streams.close()
         if self._server is not None:
             await self._server.stop(grace_s)
         for task in self._watching:
@@ -233,8 +238,18 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             spec = replace(spec, matcher=matcher)
         async with contextlib.AsyncExitStack() as stack:
             async for event in self._run(spec, request, stack):
-                if isinstance(event, NewToken | PromptLogprobs):
+                if isinstance(event, NewToken | PromptLogprobs) and not request.stream_id:
                     yield write_event(event)
+
+    @stream_errors
+    async def Follow(
+        self, request: attention_pb2.FollowRequest, context: Context
+    ) -> AsyncIterator[attention_pb2.EventBatch]:
+        """Streams what all sequences tell that name this stream."""
+        check_handshake(self._handshake, context.invocation_metadata() or ())
+        async with contextlib.aclosing(self._streams.follow(request.stream_id)) as batches:
+            async for batch in batches:
+                yield batch
 
     @unary_errors
     async def _prefill(self, request: attention_pb2.SequenceRequest, context: Context) -> None:
@@ -259,7 +274,9 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
         events: asyncio.Queue[Event] = asyncio.Queue()
         stack.enter_context(self._door.enter(spec.source, lambda error: events.put_nowait(Failed(error))))
         stack.callback(self._engine.cancel, spec)
-        self._engine.submit(spec, self._relay.sink(events))
+        stream = self._streams.find(request.stream_id)
+        taker = events if stream is None else StreamTaker(stream, request.sequence_number, events)
+        self._engine.submit(spec, self._relay.sink(taker))
         pulling: asyncio.Task[None] | None = None
         while True:
             event = await events.get()

@@ -86,6 +86,32 @@ def abort_after(num_tokens: int, error: MorayError, *, times: int = 1_000) -> Sc
     return script
 
 
+Feed = asyncio.Queue[attention_pb2.EventBatch | None]
+"""What a Follow call is to send; None = its end."""
+
+
+class FeedContext:
+    """A call whose messages go through the stream that its request names."""
+
+    def __init__(
+        self,
+        request: attention_pb2.SequenceRequest,
+        context: Any,
+        feed: Feed,
+    ) -> None:
+        self._number = request.sequence_number
+        self._context = context
+        self._feed = feed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, event: attention_pb2.SequenceEvent) -> None:
+        numbered = attention_pb2.NumberedEvent(sequence_number=self._number, event=event)
+        self._feed.put_nowait(attention_pb2.EventBatch(events=[numbered]))
+        await asyncio.sleep(0)
+
+
 @dataclass
 class FakeWorker(attention_pb2_grpc.AttentionServicer):
     """An attention worker that follows a script."""
@@ -96,6 +122,10 @@ class FakeWorker(attention_pb2_grpc.AttentionServicer):
     requests: list[attention_pb2.SequenceRequest] = field(default_factory=list)
     metadata: list[dict[str, str]] = field(default_factory=list)
     seconds_left: list[float | None] = field(default_factory=list)
+    feeds: dict[str, Feed] = field(default_factory=dict)
+    opens_streams: bool = True
+    num_asked: int = 0
+    """Streams that were asked for."""
     is_hanging: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
     is_cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -117,10 +147,22 @@ class FakeWorker(attention_pb2_grpc.AttentionServicer):
         self.metadata.append(dict(context.invocation_metadata()))
         self.seconds_left.append(context.time_remaining())
         try:
-            await self.script(self, request, context)
+            await self.script(self, request, FeedContext(request, context, self.feeds[request.stream_id]))
         except asyncio.CancelledError:
             self.is_cancelled.set()
             raise
+
+    async def Follow(self, request: attention_pb2.FollowRequest, context: Any) -> None:  # type: ignore[override]
+        self.num_asked += 1
+        if not self.opens_streams:
+            await asyncio.Event().wait()
+        feed = self.feeds[request.stream_id] = asyncio.Queue()
+        feed.put_nowait(attention_pb2.EventBatch())
+        try:
+            while (batch := await feed.get()) is not None:
+                await context.write(batch)
+        finally:
+            del self.feeds[request.stream_id]
 
     def member(self, *, is_ready: bool = True) -> control_pb2.Member:
         return control_pb2.Member(
@@ -313,5 +355,8 @@ def kit() -> SimpleNamespace:
         worker=FakeWorker,
         hang_after=hang_after,
         abort_after=abort_after,
+        abort_with=abort_with,
+        answer=answer,
+        emit=emit,
         expected=expected_tokens,
     )

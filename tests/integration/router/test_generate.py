@@ -22,7 +22,10 @@ def test_generate_streams_every_token_once_in_order(kit):
             responses = [response async for response in lab.call(max_tokens=6, request_id="mine")]
             ids = [token_id for response in responses for token_id in response.token_ids]
             assert ids == kit.expected((5, 6, 7), 6)
-            assert [response.first_idx for response in responses] == [0, 1, 2, 3, 4, 5, 6]
+            counts = [len(response.token_ids) for response in responses]
+            assert [response.first_idx for response in responses] == [
+                sum(counts[:idx]) for idx in range(len(counts))
+            ]
             assert {response.request_id for response in responses} == {"mine"}
             assert responses[-1].finish_reason == common_pb2.FINISH_REASON_LENGTH
             assert responses[-1].usage == inference_pb2.Usage(prompt_tokens=3, completion_tokens=6)
