@@ -139,7 +139,8 @@ def by_two_choices(routes: LayerRoutes, batch: Batch) -> Ints:
 
 def by_filling(routes: LayerRoutes, batch: Batch) -> Ints:
     """As Moray's dispatcher does."""
-    return choose_replicas(routes, batch.expert_idx_A, batch.token_idx_A, batch.loads).worker_A
+    choice = choose_replicas(routes, batch.expert_idx_A, batch.token_idx_A, batch.loads)
+    return choice.worker_A.astype(np.int64)
 
 
 WAYS: tuple[tuple[str, Callable[[LayerRoutes, Batch], Ints]], ...] = (

@@ -8,6 +8,7 @@ none of this changes a bit.
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -134,6 +135,11 @@ class ExpertDispatcher:
             backlog_W=self.book.backlog_rows(table.worker_ids),
             row_cost_W=self.book.row_costs(table.worker_ids),
         )
+
+    def count_sent(self, frames: Sequence[Frame]) -> None:
+        """Counts the rows and bytes of calls that were sent."""
+        self.sent_rows.inc(sum(len(frame.tensors[0]) for frame in frames))
+        self.sent_bytes.inc(sum(tensor.nbytes for frame in frames for tensor in frame.tensors))
 
     def start(self, layer_idx: int, x_TD: Float32, ids_TK: Int32, weights_TK: Float32) -> PendingDispatch:
         """Starts the routed experts of one layer.

@@ -9,6 +9,7 @@ is a straggler, and each row that it gets counts twice when rows are spread. a f
 until a probe sent at 10.5 s is answered; if the probe fails at 11.5 s, the next one is sent at 12.5 s.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,11 +57,12 @@ class PeerBook:
     """The book of one dispatcher; used by one thread."""
 
     rules: PeerRules = field(default_factory=PeerRules)
-    _peers: dict[str, _Peer] = field(default_factory=dict)
+    _peers: defaultdict[str, _Peer] = field(default_factory=lambda: defaultdict(_Peer))
+    """Whoever is asked about is noted: trusted, and as quick as the others."""
 
     def on_answer(self, worker_id: str, *, num_rows: int, seconds: float, queue_rows: int) -> None:
         """A call of `num_rows` rows was answered after `seconds`."""
-        peer = self._peer(worker_id)
+        peer = self._peers[worker_id]
         now = seconds / max(num_rows, 1)
         old = peer.seconds_per_row or now
         peer.seconds_per_row = old + _STEP * (now - old)
@@ -70,7 +72,7 @@ class PeerBook:
 
     def on_failure(self, worker_id: str, *, now_s: float) -> None:
         """A call was lost, late, or answered with what cannot be used."""
-        peer = self._peer(worker_id)
+        peer = self._peers[worker_id]
         if peer.probe_at_s is not None and not peer.is_probed and now_s < peer.probe_at_s:
             return  # Calls that were under way when the first of them failed.
         wait_s = self.rules.quarantine_s * 2 ** min(peer.num_failures, 20)
@@ -80,20 +82,25 @@ class PeerBook:
 
     def on_probe_sent(self, worker_id: str) -> None:
         """A probe is under way: no second one until it fails."""
-        self._peer(worker_id).is_probed = True
+        self._peers[worker_id].is_probed = True
 
     def on_probe_answered(self, worker_id: str) -> None:
         """The worker has proved itself; its next failure counts as one more."""
-        peer = self._peer(worker_id)
+        peer = self._peers[worker_id]
         peer.probe_at_s, peer.is_probed, peer.queue_rows = None, False, 0
 
     def keep(self, worker_ids: Sequence[str]) -> None:
         """Forgets everyone else: they left the cluster."""
-        self._peers = {worker_id: self._peer(worker_id) for worker_id in worker_ids}
+        kept = {worker_id: self._peers[worker_id] for worker_id in worker_ids}
+        self._peers = defaultdict(_Peer, kept)
 
     def trusted(self, worker_ids: Sequence[str]) -> Bools:
         """(W,) whether each may get rows."""
-        return np.array([self._peer(worker_id).probe_at_s is None for worker_id in worker_ids], dtype=bool)
+        return np.array([self._peers[worker_id].probe_at_s is None for worker_id in worker_ids], dtype=bool)
+
+    def trusts_all(self, worker_ids: Sequence[str]) -> bool:
+        """Whether each may get rows."""
+        return all(self._peers[worker_id].probe_at_s is None for worker_id in worker_ids)
 
     def due_probes(self, *, now_s: float) -> list[str]:
         """Quarantined workers whose time is over and that are not being probed."""
@@ -109,12 +116,12 @@ class PeerBook:
 
     def attempt_s(self, worker_id: str, *, num_rows: int) -> float:
         """How long a call may take before its rows are sent elsewhere too."""
-        expected_s = self._peer(worker_id).seconds_per_row * max(num_rows, 1)
+        expected_s = self._peers[worker_id].seconds_per_row * max(num_rows, 1)
         return max(self.rules.attempt_s, self.rules.slack * expected_s)
 
     def backlog_rows(self, worker_ids: Sequence[str]) -> Floats:
         """(W,) rows that wait at each worker, as it told last."""
-        return np.array([self._peer(worker_id).queue_rows for worker_id in worker_ids], dtype=np.float64)
+        return np.array([self._peers[worker_id].queue_rows for worker_id in worker_ids], dtype=np.float64)
 
     def row_costs(self, worker_ids: Sequence[str]) -> Floats:
         """(W,) what one row costs at each worker: 1, or a straggler's score."""
@@ -129,16 +136,13 @@ class PeerBook:
         known = sorted(peer.seconds_per_row for peer in self._peers.values() if peer.seconds_per_row)
         median = known[(len(known) - 1) // 2] if known else 1.0
         return np.array(
-            [(self._peer(worker_id).seconds_per_row or median) / median for worker_id in worker_ids]
+            [(self._peers[worker_id].seconds_per_row or median) / median for worker_id in worker_ids]
         )
 
     def queue_rows(self, worker_id: str) -> int:
         """Rows that waited there when it answered last."""
-        return self._peer(worker_id).queue_rows
+        return self._peers[worker_id].queue_rows
 
     def seconds_per_row(self, worker_id: str) -> float:
         """Moving average of its calls; 0 = no call yet."""
-        return self._peer(worker_id).seconds_per_row
-
-    def _peer(self, worker_id: str) -> _Peer:
-        return self._peers.setdefault(worker_id, _Peer())
+        return self._peers[worker_id].seconds_per_row

@@ -8,7 +8,7 @@ first, the attempt or its rescue, gives the rows, and the other is forgotten.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from router.experts.payload import Sums, encode_rows, forward_tensors, read_partial
-from router.experts.plan import Assignments, Float32, WorkerCall, add_partial, plan_dispatch
+from router.experts.plan import Assignments, DispatchPlan, Float32, WorkerCall, add_partial, plan_dispatch
+from router.experts.table import RoutingTable
 from wire.errors import ExpertNotLoaded, FrameInvalid, MorayError, WorkerLost
 from wire.frames import FLAG_LOAD_MISSING, FLAG_PREFILL, Frame, FrameKind
 
@@ -30,6 +31,7 @@ _MOST_NONSENSE = 3
 """Answers that cannot be used before a dispatch fails: then it is the question that is wrong."""
 
 Part = tuple[WorkerCall, Sums]
+_Sent = tuple[WorkerCall, Frame, float, "_Arrival", "Future[Frame]"]
 
 
 @dataclass(eq=False)
@@ -100,12 +102,8 @@ class PendingDispatch:
         self._changed = dispatcher.changed
         self._num_nonsense = 0
         self._last_error: MorayError | None = None
-        table = dispatcher.table_in_force()
-        loads = dispatcher.loads_of(table)
-        if not loads.is_usable_W.any():
-            loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
-        plan = plan_dispatch(assignments, table, layer_idx=layer_idx, loads=loads, phase=self._phase)
-        self._attempts = [self._send(call, plan.table_version, depth=0) for call in plan.calls]
+        plan = self._plan(assignments, dispatcher.table_in_force())
+        self._attempts = self._send(plan.calls, plan.table_version, depth=0)
 
     def result(self) -> Float32:
         """(T, D) float32 sum of the chosen experts' weighted outputs, rounded once.
@@ -238,45 +236,64 @@ class PendingDispatch:
             raise error
         depth = attempt.depth + 1
         if _lacks_expert(attempt, error):
-            return [self._send(replace(attempt.call, may_load=True), attempt.table_version, depth=depth)]
+            return self._send([replace(attempt.call, may_load=True)], attempt.table_version, depth=depth)
         table = self._dispatcher.newest_table()
-        loads = self._dispatcher.loads_of(table)
-        if not loads.is_usable_W.any():
+        if not self._book.trusted(table.worker_ids).any():
             now_s = time.monotonic()
             if attempt.retry_at_s is None:
                 wait_s = min(_NEWER_TABLE_S * 2**attempt.depth, _LONGEST_WAIT_S)
                 attempt.retry_at_s, attempt.parked_version = now_s + wait_s, table.version
             if now_s < attempt.retry_at_s and table.version == attempt.parked_version:
                 return None
-            loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
         attempt.retry_at_s = None
-        pairs = attempt.call.assignments()
-        plan = plan_dispatch(pairs, table, layer_idx=self._layer_idx, loads=loads, phase=self._phase)
-        return [self._send(call, plan.table_version, depth=depth) for call in plan.calls]
+        plan = self._plan(attempt.call.assignments(), table)
+        return self._send(plan.calls, plan.table_version, depth=depth)
 
-    def _send(self, call: WorkerCall, table_version: int, *, depth: int) -> _Attempt:
-        frame = Frame(
+    def _plan(self, assignments: Assignments, table: RoutingTable) -> DispatchPlan:
+        """Over the workers that are trusted now; over all, if none is."""
+        loads = None
+        if not (
+            table.routes(self._layer_idx, self._phase).is_single and self._book.trusts_all(table.worker_ids)
+        ):
+            loads = self._dispatcher.loads_of(table)
+            if not loads.is_usable_W.any():
+                loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
+        return plan_dispatch(assignments, table, layer_idx=self._layer_idx, loads=loads, phase=self._phase)
+
+    def _send(self, calls: Sequence[WorkerCall], table_version: int, *, depth: int) -> list[_Attempt]:
+        """Sends calls one after the other; what is only noted of them waits until the last is out."""
+        sent: list[_Sent] = []
+        try:
+            for call in calls:
+                frame = self._frame_of(call, table_version)
+                sent_s, arrival = time.monotonic(), _Arrival(self._changed)
+                answer = self._dispatcher.transport.send(call.worker_id, frame)
+                answer.add_done_callback(arrival)
+                sent.append((call, frame, sent_s, arrival, answer))
+        finally:
+            self._dispatcher.count_sent([frame for _, frame, *_ in sent])
+        slack = 2 ** min(depth, 10)
+        return [
+            _Attempt(
+                call=call,
+                table_version=table_version,
+                sent_s=sent_s,
+                until_s=sent_s + slack * self._book.attempt_s(call.worker_id, num_rows=call.token_idx_R.size),
+                arrival=arrival,
+                depth=depth,
+                answer=answer,
+            )
+            for call, _, sent_s, arrival, answer in sent
+        ]
+
+    def _frame_of(self, call: WorkerCall, table_version: int) -> Frame:
+        return Frame(
             kind=FrameKind.FORWARD,
             tensors=forward_tensors(self._encoded, call),
             flags=self._flags | (FLAG_LOAD_MISSING if call.may_load else 0),
             table_version=table_version,
             layer_idx=self._layer_idx,
         )
-        num_rows = call.token_idx_R.size
-        self._dispatcher.sent_rows.inc(num_rows)
-        self._dispatcher.sent_bytes.inc(sum(tensor.nbytes for tensor in frame.tensors))
-        now_s = time.monotonic()
-        attempt = _Attempt(
-            call=call,
-            table_version=table_version,
-            sent_s=now_s,
-            until_s=now_s + self._book.attempt_s(call.worker_id, num_rows=num_rows) * 2 ** min(depth, 10),
-            arrival=_Arrival(self._changed),
-            depth=depth,
-            answer=self._dispatcher.transport.send(call.worker_id, frame),
-        )
-        attempt.answer.add_done_callback(attempt.arrival)
-        return attempt
 
 
 def _lacks_expert(attempt: _Attempt, error: MorayError) -> bool:

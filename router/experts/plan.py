@@ -7,20 +7,24 @@ expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
 T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from router.experts.replicas import ReplicaChoice, WorkerLoads, choose_replicas
-from router.experts.table import Ints, RoutingTable
+from router.experts.peers import Bools
+from router.experts.replicas import WorkerLoads, choose_replicas
+from router.experts.table import Int16, Ints, LayerRoutes, RoutingTable
 from wire.errors import StaleTable
 from wire.phases import Phase
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
+
+_NUM_BATCH_SIZES = 32
+"""Arrays of tokens kept: one for each power of two of tokens."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Assignments:
 
     token_idx_A: Ints
     """(A,) row of the activations, ascending."""
-    expert_idx_A: Ints
+    expert_idx_A: Int32
     """(A,) logical expert."""
     weight_A: Float32
     """(A,) weight of the expert's output."""
@@ -54,7 +58,7 @@ class WorkerCall:
         """The pairs of this call in terms of the whole batch, to plan them again."""
         return Assignments(
             token_idx_A=self.token_idx_R[self.row_idx_A],
-            expert_idx_A=self.expert_idx_A.astype(np.int64),
+            expert_idx_A=self.expert_idx_A,
             weight_A=self.weight_A,
         )
 
@@ -69,16 +73,25 @@ class DispatchPlan:
 
 
 def assignments_of(ids_TK: Int32, weights_TK: Float32) -> Assignments:
-    """The pairs behind a gate's choice; ids of -1 are no choice."""
-    num_tokens, num_choices = ids_TK.shape
-    flat_A = ids_TK.reshape(-1)
-    chosen_A = np.flatnonzero(flat_A >= 0)
+    """The pairs behind a gate's choice, as views of it where it can be; ids of -1 are no choice."""
+    token_A = _tokens_of(*ids_TK.shape)
+    expert_A, weight_A = ids_TK.reshape(-1), weights_TK.reshape(-1)
+    if np.minimum.reduce(expert_A, initial=0) < 0:
+        chosen_A = np.flatnonzero(expert_A >= 0)
+        token_A, expert_A, weight_A = token_A[chosen_A], expert_A[chosen_A], weight_A[chosen_A]
+    return Assignments(token_A, expert_A, weight_A)
+
+
+def _tokens_of(num_tokens: int, num_choices: int) -> Ints:
+    """(T * K,) token of each choice, read-only."""
+    return _first_tokens(1 << num_tokens.bit_length(), num_choices)[: num_tokens * num_choices]
+
+
+@lru_cache(maxsize=_NUM_BATCH_SIZES)
+def _first_tokens(num_tokens: int, num_choices: int) -> Ints:
     token_A = np.repeat(np.arange(num_tokens, dtype=np.int64), num_choices)
-    return Assignments(
-        token_idx_A=token_A[chosen_A],
-        expert_idx_A=flat_A[chosen_A].astype(np.int64),
-        weight_A=weights_TK.reshape(-1)[chosen_A],
-    )
+    token_A.flags.writeable = False
+    return token_A
 
 
 def plan_dispatch(
@@ -86,7 +99,7 @@ def plan_dispatch(
     table: RoutingTable,
     *,
     layer_idx: int,
-    loads: WorkerLoads,
+    loads: WorkerLoads | None,
     phase: Phase | None = None,
 ) -> DispatchPlan:
     """The calls that compute `assignments`, each token once per destination worker.
@@ -95,7 +108,8 @@ def plan_dispatch(
         assignments: the pairs.
         table: the routing table; its version is copied into the plan.
         layer_idx: MoE layer.
-        loads: of the table's workers.
+        loads: of the table's workers; None = all are usable and whose turn it is does not matter: each row
+            goes to its expert's first copy.
         phase: what the rows are for; their copies are chosen first among those placed for it. None = any.
 
     Raises:
@@ -103,41 +117,66 @@ def plan_dispatch(
         ValueError: no worker is usable.
     """
     routes = table.routes(layer_idx, phase)
-    if assignments.expert_idx_A.size and int(assignments.expert_idx_A.max()) >= table.num_experts:
-        raise StaleTable(f"expert {int(assignments.expert_idx_A.max())} is not among {table.num_experts}")
-    choice = choose_replicas(routes, assignments.expert_idx_A, assignments.token_idx_A, loads)
-    calls = _calls_of(assignments, choice, worker_ids=table.worker_ids)
-    return DispatchPlan(layer_idx=layer_idx, table_version=table.version, calls=tuple(calls))
+    may_load_A = None
+    if loads is None:
+        worker_A = _homes_of(assignments, routes)
+    else:
+        _check_experts(assignments, routes)
+        choice = choose_replicas(routes, assignments.expert_idx_A, assignments.token_idx_A, loads)
+        worker_A, may_load_A = choice.worker_A, choice.may_load_A
+    calls = _calls_of(assignments, worker_A, may_load_A, worker_ids=table.worker_ids)
+    return DispatchPlan(layer_idx=layer_idx, table_version=table.version, calls=calls)
+
+
+def _homes_of(assignments: Assignments, routes: LayerRoutes) -> Int16:
+    try:
+        return routes.home_E.take(assignments.expert_idx_A)
+    except IndexError:
+        _check_experts(assignments, routes)
+        raise
+
+
+def _check_experts(assignments: Assignments, routes: LayerRoutes) -> None:
+    num_experts = len(routes.home_E)
+    if (highest := int(assignments.expert_idx_A.max(initial=0))) >= num_experts:
+        raise StaleTable(f"expert {highest} is not among {num_experts}")
 
 
 def _calls_of(
-    assignments: Assignments, choice: ReplicaChoice, *, worker_ids: tuple[str, ...]
-) -> Iterator[WorkerCall]:
+    assignments: Assignments, worker_A: Int16, may_load_A: Bools | None, *, worker_ids: tuple[str, ...]
+) -> tuple[WorkerCall, ...]:
     """The calls, in the order of the workers: pieces of one sorted list, for every layer waits for this."""
-    order_A = np.argsort(choice.worker_A.astype(np.int16), kind="stable")
-    worker_A, token_A = choice.worker_A[order_A], assignments.token_idx_A[order_A]
-    expert_A = assignments.expert_idx_A[order_A].astype(np.int32)
-    weight_A, may_load_A = assignments.weight_A[order_A], choice.may_load_A[order_A]
+    order_A = worker_A.argsort(kind="stable")
+    token_A = assignments.token_idx_A.take(order_A)
+    expert_A, weight_A = assignments.expert_idx_A.take(order_A), assignments.weight_A.take(order_A)
+    counts = np.bincount(worker_A).tolist()
     # Tokens ascend within a worker: where either changes, a row begins.
-    is_first_A = np.ones(len(order_A), dtype=bool)
-    is_first_A[1:] = (token_A[1:] != token_A[:-1]) | (worker_A[1:] != worker_A[:-1])
-    row_A = np.cumsum(is_first_A, dtype=np.int32)
-    token_R = token_A[is_first_A]
+    is_first_A = np.empty(len(order_A), dtype=bool)
+    np.not_equal(token_A[1:], token_A[:-1], out=is_first_A[1:])
+    begin = 0
+    for count in counts:
+        is_first_A[begin : begin + 1] = True
+        begin += count
+    row_A = is_first_A.cumsum(dtype=np.int32)
+    token_R = token_A.compress(is_first_A)
+    calls = []
     begin = begin_row = 0
-    for worker_idx, count in enumerate(np.bincount(worker_A).tolist()):
+    for worker_idx, count in enumerate(counts):
         if not count:
             continue
         end = begin + count
         end_row = int(row_A[end - 1])
-        yield WorkerCall(
+        call = WorkerCall(
             worker_id=worker_ids[worker_idx],
             token_idx_R=token_R[begin_row:end_row],
             row_idx_A=row_A[begin:end] - np.int32(begin_row + 1),
             expert_idx_A=expert_A[begin:end],
             weight_A=weight_A[begin:end],
-            may_load=bool(may_load_A[begin:end].any()),
+            may_load=may_load_A is not None and bool(may_load_A[order_A[begin:end]].any()),
         )
+        calls.append(call)
         begin, begin_row = end, end_row
+    return tuple(calls)
 
 
 def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64 | Float32) -> None:

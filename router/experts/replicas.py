@@ -17,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from router.experts.peers import Bools, Floats
-from router.experts.table import Ints, LayerRoutes
+from router.experts.table import Int16, Ints, LayerRoutes
+
+Experts = Ints | npt.NDArray[np.int32]
 
 _ROUNDING = 1e-9
 """Parts of a row that are no row: a sum of FP64 may end that much above a whole number."""
@@ -41,14 +44,14 @@ class WorkerLoads:
 class ReplicaChoice:
     """Where each assignment goes."""
 
-    worker_A: Ints
+    worker_A: Int16
     """(A,) worker index."""
     may_load_A: Bools
     """(A,) whether its worker does not hold the expert: every copy is out of reach."""
 
 
 def choose_replicas(
-    routes: LayerRoutes, expert_idx_A: Ints, token_idx_A: Ints, loads: WorkerLoads
+    routes: LayerRoutes, expert_idx_A: Experts, token_idx_A: Ints, loads: WorkerLoads
 ) -> ReplicaChoice:
     """A worker for every assignment; one that does not hold the expert only where no usable worker does.
 
@@ -61,12 +64,12 @@ def choose_replicas(
         raise ValueError("no expert worker is usable")
     if loads.is_usable_W.all() and routes.num_copies_E[expert_idx_A].max(initial=1) == 1:
         return ReplicaChoice(
-            worker_A=routes.worker_EM[expert_idx_A, 0], may_load_A=np.zeros(len(expert_idx_A), dtype=bool)
+            worker_A=routes.home_E[expert_idx_A], may_load_A=np.zeros(len(expert_idx_A), dtype=bool)
         )
     return _fill(routes, expert_idx_A, token_idx_A, loads)
 
 
-def _fill(routes: LayerRoutes, expert_idx_A: Ints, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
+def _fill(routes: LayerRoutes, expert_idx_A: Experts, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
     """In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself."""
     usable, level_W, cost_W = loads.is_usable_W.tolist(), loads.backlog_W.tolist(), loads.row_cost_W.tolist()
     order_A = np.lexsort((token_idx_A, expert_idx_A))
@@ -94,7 +97,7 @@ def _fill(routes: LayerRoutes, expert_idx_A: Ints, token_idx_A: Ints, loads: Wor
         for worker_idx, part in zip(copies, parts, strict=True):
             level_W[worker_idx] += part * cost_W[worker_idx]
     workers = [worker_idx for copies, _ in worker_of_parts for worker_idx in copies]
-    worker_A = np.empty(len(expert_idx_A), dtype=np.int64)
+    worker_A = np.empty(len(expert_idx_A), dtype=np.int16)
     worker_A[order_A] = np.repeat(workers, [part for _, parts in worker_of_parts for part in parts])
     return ReplicaChoice(worker_A=worker_A, may_load_A=np.isin(expert_idx_A, stand_ins))
 

@@ -24,6 +24,7 @@ from wire.phases import PHASES, Phase
 from wire.proto import control_pb2
 
 Ints = npt.NDArray[np.int64]
+Int16 = npt.NDArray[np.int16]
 Floats = npt.NDArray[np.float64]
 
 
@@ -51,11 +52,17 @@ class LayerRoutes:
     """(E, M) upper end of each replica's interval of [0, 1), padded with 1."""
     num_copies_E: Ints
     """(E,) replicas of each expert, 1 to M."""
-
+    home_E: Int16
+    """(E,) worker index of each expert's first replica."""
     copies_E: tuple[tuple[int, ...], ...]
     """For each expert the workers that hold it."""
     spare: "LayerRoutes | None" = None
     """Of a phase's routes: the copies of all workers, for when its own cannot be reached."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every expert has one replica only."""
+        return bool(self.worker_EM.shape[1] == 1)
 
     def copies_of(self, expert_idx: int, *, row_idx: int) -> tuple[int, ...]:
         """The workers that hold an expert, first the one that the shares choose for a row.
@@ -191,6 +198,7 @@ def _lay_out(by_expert: Sequence[Sequence[Replica]]) -> LayerRoutes:
         worker_EM=np.array([held + held[-1:] * (most - len(held)) for held in copies_E], dtype=np.int64),
         threshold_EM=threshold_EM,
         num_copies_E=np.array([len(held) for held in copies_E], dtype=np.int64),
+        home_E=np.array([held[0] for held in copies_E], dtype=np.int16),
         copies_E=copies_E,
     )
 

@@ -74,6 +74,34 @@ def test_loads_are_what_the_book_says_in_the_order_of_the_table() -> None:
     assert loads.row_cost_W.tolist() == [4, 1]
 
 
+def test_calls_that_were_sent_are_counted_though_the_next_one_cannot_be() -> None:
+    def script(number: int, worker_id: str, frame: Frame) -> Answer:
+        if worker_id == "b":
+            raise OSError("no memory for a block")
+        return partial_of(frame)
+
+    with lab(script, table=two_workers()) as it, pytest.raises(OSError, match="no memory"):
+        it.run(random_choices(8))
+    assert it.asked == ["a", "b"]
+    assert it.metric("dispatch_rows_total") == len(it.frames[0].tensors[0])
+    num_bytes = sum(tensor.nbytes for tensor in it.frames[0].tensors)
+    assert it.metric("dispatch_bytes_total", direction="sent") == num_bytes
+
+
+def test_nothing_is_counted_before_the_last_call_is_out() -> None:
+    """What is counted while rows wait to be sent makes the workers wait."""
+    counted: list[float | None] = []
+
+    def script(number: int, worker_id: str, frame: Frame) -> Answer:
+        counted.append(it.metric("dispatch_rows_total"))
+        return partial_of(frame)
+
+    with lab(script, table=two_workers()) as it:
+        it.run(random_choices(8))
+    assert counted == [0, 0]
+    assert it.metric("dispatch_rows_total") == sum(len(frame.tensors[0]) for frame in it.frames)
+
+
 def fails_then(answer: Answer | Later | None, *, first: int = 1) -> Script:
     """a's first calls of rows are lost; probes get `answer`; all else is answered honestly."""
     lost: list[int] = []

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from router.experts.plan import (
     Assignments,
     DispatchPlan,
+    WorkerCall,
     add_partial,
     assignments_of,
     plan_dispatch,
 )
+from router.experts.replicas import WorkerLoads
 from router.experts.table import RoutingTable, build_table
 from tests.unit.router.experts.harness import (
     LAYER,
@@ -130,6 +132,75 @@ def test_calls_planned_again_elsewhere_change_no_bit(
     assert np.array_equal(total, plain_combine(given_choices))
 
 
+@given(given_choices=choices(), table=TABLES)
+def test_rows_go_to_first_copies_in_the_order_of_the_choices_when_no_loads_matter(
+    given_choices: Choices, table: RoutingTable
+) -> None:
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    plan = plan_dispatch(pairs, table, layer_idx=LAYER, loads=None)
+    homes = [table.worker_ids[held[0]] for held in table.routes(LAYER).copies_E]
+    got = {
+        call.worker_id: (
+            [(int(call.token_idx_R[r]), int(e), w) for r, e, w in zip(*_rows(call), strict=True)],
+            call.may_load,
+        )
+        for call in plan.calls
+    }
+    chosen = given_choices.pairs()
+    assert got == {
+        name: ([pair for pair in chosen if homes[pair[1]] == name], False)
+        for name in {homes[e] for _, e, _ in chosen}
+    }
+
+
+def _rows(call: WorkerCall) -> tuple[np.ndarray, ...]:
+    return call.row_idx_A, call.expert_idx_A, call.weight_A
+
+
+@given(given_choices=choices(), seed=st.integers(0, 99))
+def test_plan_without_loads_is_the_plan_with_them_where_each_expert_has_one_copy(
+    given_choices: Choices, seed: int
+) -> None:
+    workers = np.random.default_rng(seed).integers(0, 3, NUM_EXPERTS).tolist()
+    table = build_table(
+        version=1,
+        num_experts=NUM_EXPERTS,
+        worker_ids=["w0", "w1", "w2"],
+        layers={LAYER: [r for e, w in enumerate(workers) for r in copies(e, [w], [1])]},
+    )
+    assert table.routes(LAYER).is_single
+    pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
+    quick = plan_dispatch(pairs, table, layer_idx=LAYER, loads=None)
+    usual = _plan_pairs(pairs, table)
+    assert _as_lists(quick) == _as_lists(usual)
+
+
+def _as_lists(plan: DispatchPlan) -> list[tuple[object, ...]]:
+    return [
+        (call.worker_id, call.may_load, call.token_idx_R.tolist(), *(part.tolist() for part in _rows(call)))
+        for call in plan.calls
+    ]
+
+
+def test_choices_none_of_which_is_empty_are_not_copied_and_their_tokens_are_kept() -> None:
+    """The next batch gets the same array of tokens: nobody may write into it."""
+    ids_TK, weights_TK = np.zeros((5, 2), dtype=np.int32), np.ones((5, 2), dtype=np.float32)
+    first, second = assignments_of(ids_TK, weights_TK), assignments_of(ids_TK, weights_TK)
+    assert np.shares_memory(first.expert_idx_A, ids_TK)
+    assert np.shares_memory(first.weight_A, weights_TK)
+    assert np.shares_memory(first.token_idx_A, second.token_idx_A)
+    with pytest.raises(ValueError, match="read-only"):
+        first.token_idx_A[0] = 7
+
+
+def test_calls_do_not_change_when_the_choices_are_written_over() -> None:
+    table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
+    ids_TK, weights_TK = np.zeros((3, 1), dtype=np.int32), np.ones((3, 1), dtype=np.float32)
+    (call,) = plan_dispatch(assignments_of(ids_TK, weights_TK), table, layer_idx=LAYER, loads=None).calls
+    ids_TK[:], weights_TK[:] = 9, 9
+    assert (call.expert_idx_A.tolist(), call.weight_A.tolist()) == ([0] * 3, [1] * 3)
+
+
 def test_call_may_load_only_when_one_of_its_experts_has_no_usable_copy() -> None:
     """Worker 0 is out of reach: expert 0 is asked of 1 or 2, where expert 2 and 3 are at home."""
     replicas = [*copies(0, [0], [1]), *copies(1, [0, 1], [1, 1]), *copies(2, [1], [1]), *copies(3, [2], [1])]
@@ -155,11 +226,12 @@ def test_nothing_chosen_needs_no_call() -> None:
     assert _plan_pairs(pairs, table).calls == ()
 
 
-def test_expert_that_the_table_does_not_know_is_stale() -> None:
+@pytest.mark.parametrize("loads", [None, loads_of(backlog=[0])], ids=["first copies", "by loads"])
+def test_expert_that_the_table_does_not_know_is_stale(loads: WorkerLoads | None) -> None:
     table = build_table(version=1, num_experts=1, worker_ids=["w"], layers={LAYER: copies(0, [0], [1])})
     pairs = assignments_of(np.array([[1]], dtype=np.int32), np.ones((1, 1), dtype=np.float32))
     with pytest.raises(StaleTable, match="expert 1 is not among 1"):
-        _plan_pairs(pairs, table)
+        plan_dispatch(pairs, table, layer_idx=LAYER, loads=loads)
 
 
 def test_layer_that_the_table_does_not_know_is_stale() -> None:
