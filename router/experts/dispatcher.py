@@ -70,6 +70,8 @@ class ExpertDispatcher:
         self.sent_rows = metrics.counter("dispatch_rows_total")
         self.sent_bytes = metrics.counter("dispatch_bytes_total", direction="sent")
         self.received_bytes = metrics.counter("dispatch_bytes_total", direction="received")
+        self.combine_seconds = metrics.histogram("combine_seconds")
+        self.dispatch_seconds = metrics.histogram("dispatch_seconds")
         self.phase: Phase = "decode"
         """Of the step under way."""
         self.changed = threading.Event()

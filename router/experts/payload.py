@@ -17,6 +17,8 @@ placement can move a last bit.
 Letters: T tokens, D hidden, R rows, A assignments, G groups of 128 values of a row.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,11 +37,7 @@ Sums = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 _SUM_FLAGS: tuple[tuple[SumForm, int], ...] = (("fp32", FLAG_SUMS_FP32), ("bf16", FLAG_SUMS_BF16))
 _FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 _INT32, _UINT16, _UINT8 = np.dtype(np.int32), np.dtype(np.uint16), np.dtype(np.uint8)
-_SUM_DTYPES: tuple[tuple[SumForm, np.dtype[Any]], ...] = (
-    ("exact", _FLOAT64),
-    ("fp32", _FLOAT32),
-    ("bf16", _UINT16),
-)
+_SUM_DTYPES: Mapping[SumForm, np.dtype[Any]] = {"exact": _FLOAT64, "fp32": _FLOAT32, "bf16": _UINT16}
 _ROW_DTYPES = (_FLOAT32, _UINT16, _UINT8)
 _FRAME_BYTES = 1024
 """More than header, descriptor and paddings of a PARTIAL, and room for the text of an ERROR."""
@@ -127,17 +125,15 @@ def read_partial(frame: Frame, *, num_rows: int, hidden_size: int, form: SumForm
     Raises:
         FrameInvalid: not a PARTIAL, another shape or form than asked for, or a sum is NaN or infinite.
     """
-    shape = (num_rows, hidden_size)
-    dtype = dict(_SUM_DTYPES)[form]
-    got = [(tensor.dtype, tensor.shape) for tensor in frame.tensors]
-    if frame.kind is not FrameKind.PARTIAL or got != [(dtype, shape)]:
-        named = [(tensor.dtype.name, tensor.shape) for tensor in frame.tensors]
-        raise FrameInvalid(
-            f"answered {frame.kind.name} {named}, wanted {[(dtype.name, shape)]}", field="shape"
-        )
-    sums_RD: Sums = from_bfloat16(frame.tensors[0]) if form == "bf16" else frame.tensors[0]
+    dtype, shape = _SUM_DTYPES[form], (num_rows, hidden_size)
+    if frame.kind is not FrameKind.PARTIAL or len(frame.tensors) != 1:
+        raise _not_partial(frame, dtype, shape)
+    given_RD = frame.tensors[0]
+    if given_RD.dtype != dtype or given_RD.shape != shape:
+        raise _not_partial(frame, dtype, shape)
+    sums_RD: Sums = from_bfloat16(given_RD) if form == "bf16" else given_RD
     # One NaN or infinity makes the sum of all one too; finite sums stay far below FP64's limit.
-    if not np.isfinite(sums_RD.sum(dtype=np.float64)):
+    if not math.isfinite(np.add.reduce(sums_RD, axis=None, dtype=np.float64)):
         raise FrameInvalid("answered sums that are NaN or infinite", field="nonfinite")
     return sums_RD
 
@@ -156,6 +152,11 @@ def _decode_rows(rows_RD: Array, scales: list[Array]) -> Float32:
     if scales[0].shape != wanted:
         raise FrameInvalid(f"scales have shape {scales[0].shape}; wanted {wanted}", field="shape")
     return from_fp8(rows_RD, scales[0])
+
+
+def _not_partial(frame: Frame, dtype: "np.dtype[Any]", shape: tuple[int, int]) -> FrameInvalid:
+    named = [(tensor.dtype.name, tensor.shape) for tensor in frame.tensors]
+    return FrameInvalid(f"answered {frame.kind.name} {named}, wanted {[(dtype.name, shape)]}", field="shape")
 
 
 def _not_forward(frame: Frame) -> FrameInvalid:

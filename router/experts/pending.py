@@ -127,8 +127,8 @@ class PendingDispatch:
             combine_s += time.monotonic() - began_s
             if None in found:
                 self._wait(waiting)
-        self._metrics.histogram("combine_seconds").observe(combine_s)
-        self._metrics.histogram("dispatch_seconds").observe(time.monotonic() - self._began_s)
+        self._dispatcher.combine_seconds.observe(combine_s)
+        self._dispatcher.dispatch_seconds.observe(time.monotonic() - self._began_s)
         return total_TD.astype(np.float32)
 
     def _wait(self, waiting: Iterable[_Attempt]) -> None:
