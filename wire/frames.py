@@ -28,7 +28,7 @@ from wire.errors import FrameInvalid
 
 Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview
-Part = bytes | memoryview
+Part = Buffer
 
 _HEADER = struct.Struct("<4sBBHQQiIII")
 _TENSOR = struct.Struct("<BBH4I")
@@ -107,15 +107,17 @@ def frame_parts(frame: Frame, *, call_id: int | None = None, is_summed: bool = T
     Raises:
         FrameInvalid: a tensor has a dtype or a rank that frames do not carry.
     """
-    prefix = b"".join([_describe(array.dtype, array.shape) for array in frame.tensors]) + frame.meta
-    header = _HEADER.pack(
+    head = bytearray(_HEADER.pack(
         _MAGIC, frame.kind, frame.flags if is_summed else frame.flags | _FLAG_BODY_NOT_SUMMED,
         len(frame.tensors), frame.call_id if call_id is None else call_id, frame.table_version,
         frame.layer_idx, len(frame.meta), 0, frame.queue_rows,
-    )  # fmt: skip
-    prefix += bytes(-(len(header) + len(prefix)) % 8)
-    crc = zlib.crc32(prefix, zlib.crc32(header))
-    parts: list[Part] = [b""]
+    ))  # fmt: skip
+    for array in frame.tensors:
+        head += _describe(array.dtype, array.shape)
+    head += frame.meta
+    head += _PADDINGS[len(head) % 8]
+    crc = zlib.crc32(head)
+    parts: list[Part] = [head]
     for array in frame.tensors:
         if not array.nbytes:
             continue
@@ -126,7 +128,7 @@ def frame_parts(frame: Frame, *, call_id: int | None = None, is_summed: bool = T
             parts.append(padding)
         if is_summed:
             crc = zlib.crc32(padding, add_checksum(data, crc))
-    parts[0] = header[:_CRC_AT] + _CRC.pack(crc) + header[_CRC_AT + _CRC.size :] + prefix
+    _CRC.pack_into(head, _CRC_AT, crc)
     return parts
 
 

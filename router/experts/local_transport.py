@@ -121,6 +121,8 @@ class _Blocks:
         self._ids = itertools.count(1)
         self._free: dict[int, deque[Block]] = {}
         self._called: dict[int, Block] = {}
+        self._leases: dict[int, weakref.ref[np.ndarray]] = {}
+        """What tells that an answer has no reader any more."""
 
     def take(self, min_bytes: int) -> tuple[Block, int | None]:
         """A free block, or a new one and its file."""
@@ -149,8 +151,9 @@ class _Blocks:
         if block is None:
             raise FrameInvalid(f"an answer in block {message.block_id}, which has no open call", field="call")
         owner = np.frombuffer(block.view(message.frame_bytes), dtype=np.uint8)
-        weakref.finalize(owner, self._give_back, block).atexit = False
+        self._leases[block.block_id] = weakref.ref(owner, lambda _: self._give_back(block))
         return owner.data
 
     def _give_back(self, block: Block) -> None:
+        self._leases.pop(block.block_id, None)
         self._free.setdefault(block.num_bytes, deque()).append(block)

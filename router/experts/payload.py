@@ -141,7 +141,7 @@ def read_partial(frame: Frame, *, num_rows: int, hidden_size: int, form: SumForm
 def max_reply_bytes(frame: Frame) -> int:
     """The bytes that the answer to a FORWARD takes at most: its rows as exact sums."""
     num_values = frame.tensors[0].size if frame.tensors else 0
-    return num_values * np.dtype(np.float64).itemsize + _FRAME_BYTES
+    return num_values * _FLOAT64.itemsize + _FRAME_BYTES
 
 
 def _decode_rows(rows_RD: Array, scales: list[Array]) -> Float32:

@@ -130,7 +130,7 @@ def plan_dispatch(
 
 def _homes_of(assignments: Assignments, routes: LayerRoutes) -> Int16:
     try:
-        return routes.home_E.take(assignments.expert_idx_A)
+        return routes.home_E[assignments.expert_idx_A]
     except IndexError:
         _check_experts(assignments, routes)
         raise
@@ -147,8 +147,8 @@ def _calls_of(
 ) -> tuple[WorkerCall, ...]:
     """The calls, in the order of the workers: pieces of one sorted list, for every layer waits for this."""
     order_A = worker_A.argsort(kind="stable")
-    token_A = assignments.token_idx_A.take(order_A)
-    expert_A, weight_A = assignments.expert_idx_A.take(order_A), assignments.weight_A.take(order_A)
+    token_A = assignments.token_idx_A[order_A]
+    expert_A, weight_A = assignments.expert_idx_A[order_A], assignments.weight_A[order_A]
     counts = np.bincount(worker_A).tolist()
     # Tokens ascend within a worker: where either changes, a row begins.
     is_first_A = np.empty(len(order_A), dtype=bool)
@@ -157,8 +157,8 @@ def _calls_of(
     for count in counts:
         is_first_A[begin : begin + 1] = True
         begin += count
-    row_A = is_first_A.cumsum(dtype=np.int32)
-    token_R = token_A.compress(is_first_A)
+    row_A = np.add.accumulate(is_first_A.astype(np.int32), dtype=np.int32)
+    token_R = token_A[is_first_A]
     calls = []
     begin = begin_row = 0
     for worker_idx, count in enumerate(counts):
@@ -169,7 +169,7 @@ def _calls_of(
         call = WorkerCall(
             worker_id=worker_ids[worker_idx],
             token_idx_R=token_R[begin_row:end_row],
-            row_idx_A=row_A[begin:end] - np.int32(begin_row + 1),
+            row_idx_A=row_A[begin:end] - (begin_row + 1),
             expert_idx_A=expert_A[begin:end],
             weight_A=weight_A[begin:end],
             may_load=may_load_A is not None and bool(may_load_A[order_A[begin:end]].any()),
