@@ -236,7 +236,7 @@ class PendingDispatch:
             raise error
         depth = attempt.depth + 1
         if _lacks_expert(attempt, error):
-            return self._send([replace(attempt.call, may_load=True)], attempt.table_version, depth=depth)
+            return self._send([attempt.call._replace(may_load=True)], attempt.table_version, depth=depth)
         table = self._dispatcher.newest_table()
         if not self._book.trusted(table.worker_ids).any():
             now_s = time.monotonic()

@@ -7,8 +7,8 @@ expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
 T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ _NUM_BATCH_SIZES = 32
 """Arrays of tokens kept: one for each power of two of tokens."""
 
 
-@dataclass(frozen=True)
-class Assignments:
+class Assignments(NamedTuple):
     """(token, expert) pairs of one layer: three arrays in parallel."""
 
     token_idx_A: Ints
@@ -39,8 +38,7 @@ class Assignments:
     """(A,) weight of the expert's output."""
 
 
-@dataclass(frozen=True)
-class WorkerCall:
+class WorkerCall(NamedTuple):
     """What one expert worker is asked in one dispatch."""
 
     worker_id: str
@@ -63,8 +61,7 @@ class WorkerCall:
         )
 
 
-@dataclass(frozen=True)
-class DispatchPlan:
+class DispatchPlan(NamedTuple):
     """Every call of one layer's dispatch; combine takes it back."""
 
     layer_idx: int

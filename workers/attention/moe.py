@@ -1,7 +1,8 @@
 """The MoE step of an attention worker: torch on the model's side, the expert dispatcher on the other."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -41,16 +42,23 @@ class RemoteExperts:
             weights_TK: (T, K) float32.
         """
         pending = self._dispatcher.start(
-            layer_idx, x_TD.cpu().numpy(), ids_TK.cpu().numpy(), weights_TK.cpu().numpy()
+            layer_idx, _numbers_of(x_TD), _numbers_of(ids_TK), _numbers_of(weights_TK)
         )
-        return _RemoteRows(pending, x_TD.device)
+        return _RemoteRows(pending, None if x_TD.is_cpu else x_TD.device)
+
+
+def _numbers_of(x: Tensor) -> npt.NDArray[Any]:
+    """A tensor in this process's memory; asked of one that is there, torch looks around for long."""
+    return x.numpy() if x.is_cpu else x.cpu().numpy()
 
 
 class _RemoteRows:
-    def __init__(self, pending: PendingDispatch, device: torch.device) -> None:
+    def __init__(self, pending: PendingDispatch, device: torch.device | None) -> None:
+        """Takes where the rows are wanted; None = where they come."""
         self._pending = pending
         self._device = device
 
     def result(self) -> Tensor:
         """(T, D) float32, waits for every worker."""
-        return torch.from_numpy(self._pending.result()).to(self._device)
+        rows_TD = torch.from_numpy(self._pending.result())
+        return rows_TD if self._device is None else rows_TD.to(self._device)
