@@ -24,6 +24,9 @@ from router.experts.table import Int16, Ints, LayerRoutes
 
 Experts = Ints | npt.NDArray[np.int32]
 
+_Placed = tuple[Sequence[int], Sequence[int]]
+"""The workers that an expert's rows go to, and how many of them to each."""
+
 _ROUNDING = 1e-9
 """Parts of a row that are no row: a sum of FP64 may end that much above a whole number."""
 
@@ -55,7 +58,7 @@ def choose_replicas(
 ) -> ReplicaChoice:
     """A worker for every assignment; one that does not hold the expert only where no usable worker does.
 
-    The table's shares decide who comes first among copies that have equally much to do.
+    Tokens ascend. The table's shares decide who comes first among copies that have equally much to do.
 
     Raises:
         ValueError: no worker is usable.
@@ -72,34 +75,46 @@ def choose_replicas(
 def _fill(routes: LayerRoutes, expert_idx_A: Experts, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
     """In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself."""
     usable, level_W, cost_W = loads.is_usable_W.tolist(), loads.backlog_W.tolist(), loads.row_cost_W.tolist()
-    order_A = np.lexsort((token_idx_A, expert_idx_A))
-    experts, begins, counts = np.unique(expert_idx_A[order_A], return_index=True, return_counts=True)
-    first_tokens = token_idx_A[order_A[begins]].tolist()
-    worker_of_parts: list[tuple[list[int], list[int]]] = []
-    several = []
-    stand_ins = []
-    chosen = zip(experts.tolist(), counts.tolist(), first_tokens, strict=True)
-    for idx, (expert, count, token) in enumerate(chosen):
-        copies = [w for w in routes.copies_of(expert, row_idx=token + expert) if usable[w]]
-        if not copies and routes.spare is not None:
-            copies = [w for w in routes.spare.copies_of(expert, row_idx=token + expert) if usable[w]]
+    order_A = expert_idx_A.argsort(kind="stable")
+    placed: dict[int, _Placed] = {}
+    several, stand_ins, begin = [], [], 0
+    for expert, count in enumerate(np.bincount(expert_idx_A).tolist()):
+        if not count:
+            continue
+        copies: Sequence[int] = routes.copies_E[expert]
+        if len(copies) > 1 or not usable[copies[0]]:
+            copies = _usable_copies(routes, expert, usable, row_idx=int(token_idx_A[order_A[begin]]) + expert)
         if not copies:
-            copies = [_stand_in(expert, usable)]
+            copies = (_stand_in(expert, usable),)
             stand_ins.append(expert)
         if len(copies) > 1:
-            several.append((len(copies), -count, idx, copies))
+            several.append((len(copies), -count, expert, copies))
         else:
             level_W[copies[0]] += count * cost_W[copies[0]]
-        worker_of_parts.append((copies[:1], [count]))
-    for _, count, idx, copies in sorted(several):
+        placed[expert] = copies, (count,)
+        begin += count
+    for _, count, expert, copies in sorted(several):
         parts = _pour(-count, [level_W[w] for w in copies], [cost_W[w] for w in copies])
-        worker_of_parts[idx] = (copies, parts)
+        placed[expert] = copies, parts
         for worker_idx, part in zip(copies, parts, strict=True):
             level_W[worker_idx] += part * cost_W[worker_idx]
-    workers = [worker_idx for copies, _ in worker_of_parts for worker_idx in copies]
     worker_A = np.empty(len(expert_idx_A), dtype=np.int16)
-    worker_A[order_A] = np.repeat(workers, [part for _, parts in worker_of_parts for part in parts])
-    return ReplicaChoice(worker_A=worker_A, may_load_A=np.isin(expert_idx_A, stand_ins))
+    worker_A[order_A] = np.repeat(
+        [worker_idx for copies, _ in placed.values() for worker_idx in copies],
+        [part for _, parts in placed.values() for part in parts],
+    )
+    may_load_A = np.isin(expert_idx_A, stand_ins) if stand_ins else np.zeros(len(expert_idx_A), dtype=bool)
+    return ReplicaChoice(worker_A=worker_A, may_load_A=may_load_A)
+
+
+def _usable_copies(
+    routes: LayerRoutes, expert: int, usable: Sequence[bool], *, row_idx: int
+) -> Sequence[int]:
+    """The workers to choose from for an expert's rows, whose turn it is first."""
+    copies = [w for w in routes.copies_of(expert, row_idx=row_idx) if usable[w]]
+    if not copies and routes.spare is not None:
+        copies = [w for w in routes.spare.copies_of(expert, row_idx=row_idx) if usable[w]]
+    return copies
 
 
 def _stand_in(expert: int, usable: Sequence[bool]) -> int:

@@ -10,6 +10,7 @@ prefill, and on worker 1, which takes decode, all rows of a step of decode go to
 worker 0.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -48,8 +49,8 @@ class LayerRoutes:
     """With their shares among all copies, also where the routes are those of one phase."""
     worker_EM: Ints
     """(E, M) worker index of each replica, padded with the last one."""
-    threshold_EM: Floats
-    """(E, M) upper end of each replica's interval of [0, 1), padded with 1."""
+    threshold_E: tuple[tuple[float, ...], ...]
+    """For each expert the upper ends of its replicas' intervals of [0, 1), but the last one's, which is 1."""
     num_copies_E: Ints
     """(E,) replicas of each expert, 1 to M."""
     home_E: Int16
@@ -75,7 +76,7 @@ class LayerRoutes:
         if len(copies) == 1:
             return copies
         point = row_idx * _GOLDEN % 1.0
-        first = int(np.searchsorted(self.threshold_EM[expert_idx, : len(copies) - 1], point, "right"))
+        first = bisect_right(self.threshold_E[expert_idx], point)
         return copies[first:] + copies[:first]
 
 
@@ -188,19 +189,19 @@ def _lay_out(by_expert: Sequence[Sequence[Replica]]) -> LayerRoutes:
     """The arrays of a layer's replicas, given by expert; an expert's shares count in proportion."""
     most = max(len(copies) for copies in by_expert)
     copies_E = tuple(tuple(copy.worker_idx for copy in copies) for copies in by_expert)
-    threshold_EM = np.ones((len(by_expert), most), dtype=np.float64)
-    for expert_idx, copies in enumerate(by_expert):
-        if len(copies) > 1:
-            upper = np.cumsum([copy.share for copy in copies])
-            threshold_EM[expert_idx, : len(copies) - 1] = upper[:-1] / upper[-1]
     return LayerRoutes(
         replicas=tuple(copy for copies in by_expert for copy in copies),
         worker_EM=np.array([held + held[-1:] * (most - len(held)) for held in copies_E], dtype=np.int64),
-        threshold_EM=threshold_EM,
+        threshold_E=tuple(_thresholds_of(copies) for copies in by_expert),
         num_copies_E=np.array([len(held) for held in copies_E], dtype=np.int64),
         home_E=np.array([held[0] for held in copies_E], dtype=np.int16),
         copies_E=copies_E,
     )
+
+
+def _thresholds_of(copies: Sequence[Replica]) -> tuple[float, ...]:
+    upper = np.cumsum([copy.share for copy in copies])
+    return tuple((upper[:-1] / upper[-1]).tolist())
 
 
 def table_to_proto(table: RoutingTable) -> control_pb2.RoutingTable:
