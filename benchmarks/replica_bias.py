@@ -15,11 +15,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,9 @@ from cluster.balance.homes import plan_homes
 from cluster.balance.shares import plan_shares
 from cluster.balance.types import Fleet
 from router.experts.replicas import WorkerLoads, choose_replicas
-from router.experts.table import Floats, Ints, LayerRoutes, Replica, build_table
+from router.experts.table import Ints, LayerRoutes, Replica, build_table
+
+Floats = npt.NDArray[np.float64]
 
 SEED = 0
 TOP_K = 8
@@ -107,9 +110,9 @@ def draw_batch(case: Case, popularity_E: Floats, rng: np.random.Generator) -> Ba
         expert_idx_A=ids_TK.reshape(-1).astype(np.int64),
         token_idx_A=np.repeat(np.arange(case.num_rows, dtype=np.int64), TOP_K),
         loads=WorkerLoads(
-            is_usable_W=np.ones(case.num_workers, dtype=bool),
-            backlog_W=np.rint(rng.exponential(mean_rows * BACKLOG, case.num_workers)),
-            row_cost_W=np.ones(case.num_workers),
+            is_usable_W=[True] * case.num_workers,
+            backlog_W=np.rint(rng.exponential(mean_rows * BACKLOG, case.num_workers)).tolist(),
+            row_cost_W=[1.0] * case.num_workers,
         ),
     )
 
@@ -123,7 +126,7 @@ def by_shares(routes: LayerRoutes, batch: Batch) -> Ints:
 def by_two_choices(routes: LayerRoutes, batch: Batch) -> Ints:
     """Row by row, the copy with less to do of two different random ones."""
     rng = np.random.default_rng(SEED)
-    level = batch.loads.backlog_W.tolist()
+    level = list(batch.loads.backlog_W)
     draws = rng.random((len(batch.expert_idx_A), 2)).tolist()
     counts, copies = routes.num_copies_E.tolist(), routes.worker_EM.tolist()
     worker_A = []
@@ -150,9 +153,9 @@ WAYS: tuple[tuple[str, Callable[[LayerRoutes, Batch], Ints]], ...] = (
 )
 
 
-def max_over_mean(worker_A: Ints, backlog_W: Floats) -> float:
+def max_over_mean(worker_A: Ints, backlog_W: Sequence[float]) -> float:
     """The most that a worker has to do, over the mean."""
-    level_W = backlog_W + np.bincount(worker_A, minlength=len(backlog_W))
+    level_W = np.array(backlog_W) + np.bincount(worker_A, minlength=len(backlog_W))
     return float(level_W.max() / level_W.mean())
 
 

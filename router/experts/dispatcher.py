@@ -186,7 +186,7 @@ class ExpertDispatcher:
     def _export(self, table: RoutingTable) -> None:
         self.metrics.gauge("quarantined_workers").set(self.book.num_quarantined())
         book, gauge = self.book, self.metrics.gauge
-        scores = book.straggler_scores(table.worker_ids).tolist()
+        scores = book.straggler_scores(table.worker_ids)
         for worker_id, score in zip(table.worker_ids, scores, strict=True):
             gauge("peer_row_seconds", worker=worker_id).set(book.seconds_per_row(worker_id))
             gauge("peer_queue_rows", worker=worker_id).set(book.queue_rows(worker_id))

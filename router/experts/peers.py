@@ -13,12 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-
 _STEP = 0.2
 """Weight of the newest call in the moving averages."""
 _RELIEF = 1.5
@@ -94,13 +88,9 @@ class PeerBook:
         kept = {worker_id: self._peers[worker_id] for worker_id in worker_ids}
         self._peers = defaultdict(_Peer, kept)
 
-    def trusted(self, worker_ids: Sequence[str]) -> Bools:
+    def trusted(self, worker_ids: Sequence[str]) -> list[bool]:
         """(W,) whether each may get rows."""
-        return np.array([self._peers[worker_id].probe_at_s is None for worker_id in worker_ids], dtype=bool)
-
-    def trusts_all(self, worker_ids: Sequence[str]) -> bool:
-        """Whether each may get rows."""
-        return all(self._peers[worker_id].probe_at_s is None for worker_id in worker_ids)
+        return [self._peers[worker_id].probe_at_s is None for worker_id in worker_ids]
 
     def due_probes(self, *, now_s: float) -> list[str]:
         """Quarantined workers whose time is over and that are not being probed."""
@@ -119,25 +109,22 @@ class PeerBook:
         expected_s = self._peers[worker_id].seconds_per_row * max(num_rows, 1)
         return max(self.rules.attempt_s, self.rules.slack * expected_s)
 
-    def backlog_rows(self, worker_ids: Sequence[str]) -> Floats:
+    def backlog_rows(self, worker_ids: Sequence[str]) -> list[float]:
         """(W,) rows that wait at each worker, as it told last."""
-        return np.array([self._peers[worker_id].queue_rows for worker_id in worker_ids], dtype=np.float64)
+        return [float(self._peers[worker_id].queue_rows) for worker_id in worker_ids]
 
-    def row_costs(self, worker_ids: Sequence[str]) -> Floats:
+    def row_costs(self, worker_ids: Sequence[str]) -> list[float]:
         """(W,) what one row costs at each worker: 1, or a straggler's score."""
-        scores_W = self.straggler_scores(worker_ids)
-        return np.where(scores_W > _RELIEF, scores_W, 1.0)
+        return [score if score > _RELIEF else 1.0 for score in self.straggler_scores(worker_ids)]
 
-    def straggler_scores(self, worker_ids: Sequence[str]) -> Floats:
+    def straggler_scores(self, worker_ids: Sequence[str]) -> list[float]:
         """(W,) each one's time for a row over the median of all; 1 = as the others, or not known yet.
 
         The median of two is the faster one: of two workers one can be a straggler.
         """
         known = sorted(peer.seconds_per_row for peer in self._peers.values() if peer.seconds_per_row)
         median = known[(len(known) - 1) // 2] if known else 1.0
-        return np.array(
-            [(self._peers[worker_id].seconds_per_row or median) / median for worker_id in worker_ids]
-        )
+        return [(self._peers[worker_id].seconds_per_row or median) / median for worker_id in worker_ids]
 
     def queue_rows(self, worker_id: str) -> int:
         """Rows that waited there when it answered last."""

@@ -238,7 +238,7 @@ class PendingDispatch:
         if _lacks_expert(attempt, error):
             return self._send([attempt.call._replace(may_load=True)], attempt.table_version, depth=depth)
         table = self._dispatcher.newest_table()
-        if not self._book.trusted(table.worker_ids).any():
+        if not any(self._book.trusted(table.worker_ids)):
             now_s = time.monotonic()
             if attempt.retry_at_s is None:
                 wait_s = min(_NEWER_TABLE_S * 2**attempt.depth, _LONGEST_WAIT_S)
@@ -251,13 +251,12 @@ class PendingDispatch:
 
     def _plan(self, assignments: Assignments, table: RoutingTable) -> DispatchPlan:
         """Over the workers that are trusted now; over all, if none is."""
+        is_trusted_W = self._book.trusted(table.worker_ids)
         loads = None
-        if not (
-            table.routes(self._layer_idx, self._phase).is_single and self._book.trusts_all(table.worker_ids)
-        ):
+        if not table.routes(self._layer_idx, self._phase).is_single or not all(is_trusted_W):
             loads = self._dispatcher.loads_of(table)
-            if not loads.is_usable_W.any():
-                loads = replace(loads, is_usable_W=np.ones_like(loads.is_usable_W))
+            if not any(is_trusted_W):
+                loads = replace(loads, is_usable_W=[True] * len(is_trusted_W))
         return plan_dispatch(assignments, table, layer_idx=self._layer_idx, loads=loads, phase=self._phase)
 
     def _send(self, calls: Sequence[WorkerCall], table_version: int, *, depth: int) -> list[_Attempt]:

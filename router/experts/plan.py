@@ -13,9 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from router.experts.peers import Bools
 from router.experts.replicas import WorkerLoads, choose_replicas
-from router.experts.table import Int16, Ints, LayerRoutes, RoutingTable
+from router.experts.table import Bools, Int16, Ints, LayerRoutes, RoutingTable
 from wire.errors import StaleTable
 from wire.phases import Phase
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from router.experts.peers import Bools, Floats
-from router.experts.table import Int16, Ints, LayerRoutes
+from router.experts.table import Bools, Int16, Ints, LayerRoutes
 
 Experts = Ints | npt.NDArray[np.int32]
 
@@ -35,11 +34,11 @@ _ROUNDING = 1e-9
 class WorkerLoads:
     """What is known of each worker of a table."""
 
-    is_usable_W: Bools
+    is_usable_W: Sequence[bool]
     """(W,) whether it may get rows at all."""
-    backlog_W: Floats
+    backlog_W: Sequence[float]
     """(W,) rows that wait there, >= 0."""
-    row_cost_W: Floats
+    row_cost_W: Sequence[float]
     """(W,) what one more row adds, >= 1."""
 
 
@@ -63,9 +62,9 @@ def choose_replicas(
     Raises:
         ValueError: no worker is usable.
     """
-    if not loads.is_usable_W.any():
+    if not any(loads.is_usable_W):
         raise ValueError("no expert worker is usable")
-    if loads.is_usable_W.all() and routes.num_copies_E[expert_idx_A].max(initial=1) == 1:
+    if all(loads.is_usable_W) and routes.num_copies_E[expert_idx_A].max(initial=1) == 1:
         return ReplicaChoice(
             worker_A=routes.home_E[expert_idx_A], may_load_A=np.zeros(len(expert_idx_A), dtype=bool)
         )
@@ -74,7 +73,7 @@ def choose_replicas(
 
 def _fill(routes: LayerRoutes, expert_idx_A: Experts, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
     """In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself."""
-    usable, level_W, cost_W = loads.is_usable_W.tolist(), loads.backlog_W.tolist(), loads.row_cost_W.tolist()
+    usable, level_W, cost_W = loads.is_usable_W, list(loads.backlog_W), loads.row_cost_W
     order_A = expert_idx_A.argsort(kind="stable")
     placed: dict[int, _Placed] = {}
     several, stand_ins, begin = [], [], 0

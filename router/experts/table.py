@@ -25,8 +25,8 @@ from wire.phases import PHASES, Phase
 from wire.proto import control_pb2
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Int16 = npt.NDArray[np.int16]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,9 +46,9 @@ def loads_of(
 ) -> WorkerLoads:
     """Loads of as many workers as there are backlogs; by default all are usable and as quick as another."""
     return WorkerLoads(
-        is_usable_W=np.array(is_usable or [True] * len(backlog)),
-        backlog_W=np.array(backlog, dtype=np.float64),
-        row_cost_W=np.array(cost or [1.0] * len(backlog), dtype=np.float64),
+        is_usable_W=is_usable or [True] * len(backlog),
+        backlog_W=backlog,
+        row_cost_W=cost or [1.0] * len(backlog),
     )
 
 

@@ -16,7 +16,7 @@ def book(**seconds_per_row: float) -> PeerBook:
 
 
 def is_trusted(of: PeerBook, worker_id: str = "a") -> bool:
-    return bool(of.trusted([worker_id])[0])
+    return of.trusted([worker_id])[0]
 
 
 def quarantine_s(of: PeerBook, *, from_s: float) -> float:
@@ -38,9 +38,9 @@ def test_docstring_example() -> None:
 
 def test_unknown_worker_is_trusted_and_as_others() -> None:
     of = book(b=0.001)
-    assert of.trusted(["x", "b"]).tolist() == [True, True]
+    assert of.trusted(["x", "b"]) == [True, True]
     assert (of.seconds_per_row("x"), of.queue_rows("x"), of.straggler_scores(["x"])[0]) == (0, 0, 1)
-    assert of.row_costs(["x"]).tolist() == [1]
+    assert of.row_costs(["x"]) == [1]
     assert of.attempt_s("x", num_rows=10**6) == PeerRules().attempt_s
 
 
@@ -121,7 +121,7 @@ def test_late_answer_of_a_quarantined_worker_does_not_let_it_in() -> None:
 def test_failure_of_one_worker_is_no_one_elses() -> None:
     of = book(a=0.001, b=0.001)
     of.on_failure("a", now_s=10.0)
-    assert of.trusted(["b", "a", "b"]).tolist() == [True, False, True]
+    assert of.trusted(["b", "a", "b"]) == [True, False, True]
     assert of.due_probes(now_s=11.0) == ["a"]
 
 
@@ -138,7 +138,7 @@ def test_speed_is_a_moving_average_of_calls() -> None:
     of.on_answer("a", num_rows=10, seconds=0.2, queue_rows=2)
     assert of.seconds_per_row("a") == pytest.approx(0.012)
     assert of.queue_rows("a") == 2
-    assert of.backlog_rows(["b", "a"]).tolist() == [0, 2]
+    assert of.backlog_rows(["b", "a"]) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_straggler_takes_longer_than_the_median(speeds: dict[str, float], score:
 def test_at_most_half_of_the_workers_are_stragglers(speeds: list[float]) -> None:
     of = book(**{f"w{i}": seconds for i, seconds in enumerate(speeds)})
     costs_W = of.row_costs([f"w{i}" for i in range(len(speeds))])
-    assert costs_W.min() == 1
-    assert (costs_W > 1).sum() <= len(speeds) // 2
+    assert min(costs_W) == 1
+    assert sum(cost > 1 for cost in costs_W) <= len(speeds) // 2
 
 
 def test_workers_that_left_are_forgotten() -> None:

@@ -85,10 +85,10 @@ def pours(draw: st.DrawFn) -> tuple[int, WorkerLoads]:
 def test_heights_are_level_within_one_rows_cost(given_pour: tuple[int, WorkerLoads]) -> None:
     """Whoever got rows ends within one row of the common height, whoever got none was above it."""
     num_rows, loads = given_pour
-    cost_W = loads.row_cost_W
+    cost_W = np.array(loads.row_cost_W)
     got = rows_of(choose(routes_of(list(range(len(cost_W)))), [0] * num_rows, loads), len(cost_W))
     assert sum(got) == num_rows
-    height_W = loads.backlog_W + np.array(got) * cost_W
+    height_W = np.array(loads.backlog_W) + np.array(got) * cost_W
     has_rows_W = np.array(got) > 0
     low = (height_W + cost_W).min()
     assert (height_W[has_rows_W] - cost_W[has_rows_W] <= low + 1e-6).all()
@@ -155,7 +155,7 @@ def test_rows_go_to_usable_workers_and_to_strangers_only_without_a_usable_copy(
     pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
     loads = usable_part(loads, table)
     got = choose_replicas(table.routes(LAYER), pairs.expert_idx_A, pairs.token_idx_A, loads)
-    assert loads.is_usable_W[got.worker_A].all()
+    assert all(loads.is_usable_W[w] for w in got.worker_A)
     held = {(r.worker_idx, r.expert_idx) for r in table.routes(LAYER).replicas}
     usable = {(w, e) for w, e in held if loads.is_usable_W[w]}
     chosen = zip(got.worker_A.tolist(), pairs.expert_idx_A.tolist(), got.may_load_A.tolist(), strict=True)
@@ -167,8 +167,8 @@ def test_rows_go_to_usable_workers_and_to_strangers_only_without_a_usable_copy(
 def usable_part(loads: WorkerLoads, table: RoutingTable) -> WorkerLoads:
     """The loads of as many workers as the table has, one of them usable at least."""
     num_workers = len(table.worker_ids)
-    is_usable_W = loads.is_usable_W[:num_workers].copy()
-    is_usable_W[0] |= not is_usable_W.any()
+    is_usable_W = list(loads.is_usable_W[:num_workers])
+    is_usable_W[0] |= not any(is_usable_W)
     return WorkerLoads(
         is_usable_W=is_usable_W,
         backlog_W=loads.backlog_W[:num_workers],
@@ -197,7 +197,7 @@ def test_experts_of_one_copy_go_the_same_way_beside_one_of_several(
     """The quick way for tables without copies is the general way, which one more row asks for."""
     routes = routes_of([0], [1], [2], [3], [0], [1], [2, 3])
     pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
-    loads = replace(loads, is_usable_W=np.ones(4, dtype=bool))
+    loads = replace(loads, is_usable_W=[True] * 4)
     quick = choose_replicas(routes, pairs.expert_idx_A, pairs.token_idx_A, loads)
     with_copies = (np.append(pairs.expert_idx_A, 6), np.append(pairs.token_idx_A, 0))
     general = choose_replicas(routes, *with_copies, loads)
@@ -255,9 +255,9 @@ def test_same_question_has_the_same_answer(
 ) -> None:
     pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
     loads = usable_part(loads, table)
-    before = loads.backlog_W.copy()
+    before = list(loads.backlog_W)
     first, second = (
         choose_replicas(table.routes(LAYER), pairs.expert_idx_A, pairs.token_idx_A, loads) for _ in range(2)
     )
     assert first.worker_A.tolist() == second.worker_A.tolist()
-    assert loads.backlog_W.tolist() == before.tolist()
+    assert loads.backlog_W == before
