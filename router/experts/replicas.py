@@ -13,7 +13,7 @@ A assignments (token, expert pairs), E experts, M most copies of an expert, W wo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,6 @@ import numpy.typing as npt
 from router.experts.table import Bools, Int16, Ints, LayerRoutes
 
 Experts = Ints | npt.NDArray[np.int32]
-
-_Placed = tuple[Sequence[int], Sequence[int]]
-"""The workers that an expert's rows go to, and how many of them to each."""
 
 _ROUNDING = 1e-9
 """Parts of a row that are no row: a sum of FP64 may end that much above a whole number."""
@@ -57,6 +54,7 @@ def choose_replicas(
 ) -> ReplicaChoice:
     """A worker for every assignment; one that does not hold the expert only where no usable worker does.
 
+    In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself.
     Tokens ascend. The table's shares decide who comes first among copies that have equally much to do.
 
     Raises:
@@ -64,46 +62,58 @@ def choose_replicas(
     """
     if not any(loads.is_usable_W):
         raise ValueError("no expert worker is usable")
-    if all(loads.is_usable_W) and routes.num_copies_E[expert_idx_A].max(initial=1) == 1:
-        return ReplicaChoice(
-            worker_A=routes.home_E[expert_idx_A], may_load_A=np.zeros(len(expert_idx_A), dtype=bool)
-        )
-    return _fill(routes, expert_idx_A, token_idx_A, loads)
-
-
-def _fill(routes: LayerRoutes, expert_idx_A: Experts, token_idx_A: Ints, loads: WorkerLoads) -> ReplicaChoice:
-    """In plain lists: an expert has few copies, and numpy takes longer for each step than the step itself."""
-    usable, level_W, cost_W = loads.is_usable_W, list(loads.backlog_W), loads.row_cost_W
     order_A = expert_idx_A.argsort(kind="stable")
-    placed: dict[int, _Placed] = {}
-    several, stand_ins, begin = [], [], 0
-    for expert, count in enumerate(np.bincount(expert_idx_A).tolist()):
+    counts_E = np.bincount(expert_idx_A).tolist()
+    copies_of = _copies_of_chosen(routes, counts_E, token_idx_A[order_A], loads.is_usable_W)
+    stand_ins = [expert for expert, copies in copies_of.items() if not copies]
+    for expert in stand_ins:
+        copies_of[expert] = (_stand_in(expert, loads.is_usable_W),)
+    parts_of = _place(copies_of, counts_E, loads)
+    workers = [worker_idx for copies in copies_of.values() for worker_idx in copies]
+    parts = [part for parts in parts_of.values() for part in parts]
+    worker_A = np.empty(len(expert_idx_A), dtype=np.int16)
+    worker_A[order_A] = np.repeat(np.array(workers, dtype=np.int16), np.array(parts, dtype=np.int64))
+    may_load_A = np.isin(expert_idx_A, stand_ins) if stand_ins else np.zeros(len(expert_idx_A), dtype=bool)
+    return ReplicaChoice(worker_A=worker_A, may_load_A=may_load_A)
+
+
+def _copies_of_chosen(
+    routes: LayerRoutes, counts_E: Sequence[int], token_A: Ints, usable: Sequence[bool]
+) -> dict[int, Sequence[int]]:
+    """The usable workers that hold each chosen expert; `token_A` are its tokens, those of expert 0 first."""
+    copies_of: dict[int, Sequence[int]] = {}
+    begin = 0
+    for expert, count in enumerate(counts_E):
         if not count:
             continue
         copies: Sequence[int] = routes.copies_E[expert]
         if len(copies) > 1 or not usable[copies[0]]:
-            copies = _usable_copies(routes, expert, usable, row_idx=int(token_idx_A[order_A[begin]]) + expert)
-        if not copies:
-            copies = (_stand_in(expert, usable),)
-            stand_ins.append(expert)
+            copies = _usable_copies(routes, expert, usable, row_idx=int(token_A[begin]) + expert)
+        copies_of[expert] = copies
+        begin += count
+    return copies_of
+
+
+def _place(
+    copies_of: Mapping[int, Sequence[int]], counts_E: Sequence[int], loads: WorkerLoads
+) -> dict[int, Sequence[int]]:
+    """How many of each expert's rows go to each of its copies."""
+    level_W, cost_W = list(loads.backlog_W), loads.row_cost_W
+    parts_of: dict[int, Sequence[int]] = {}
+    several = []
+    for expert, copies in copies_of.items():
+        count = counts_E[expert]
+        parts_of[expert] = (count,)
         if len(copies) > 1:
             several.append((len(copies), -count, expert, copies))
         else:
             level_W[copies[0]] += count * cost_W[copies[0]]
-        placed[expert] = copies, (count,)
-        begin += count
     for _, count, expert, copies in sorted(several):
         parts = _pour(-count, [level_W[w] for w in copies], [cost_W[w] for w in copies])
-        placed[expert] = copies, parts
+        parts_of[expert] = parts
         for worker_idx, part in zip(copies, parts, strict=True):
             level_W[worker_idx] += part * cost_W[worker_idx]
-    worker_A = np.empty(len(expert_idx_A), dtype=np.int16)
-    worker_A[order_A] = np.repeat(
-        [worker_idx for copies, _ in placed.values() for worker_idx in copies],
-        [part for _, parts in placed.values() for part in parts],
-    )
-    may_load_A = np.isin(expert_idx_A, stand_ins) if stand_ins else np.zeros(len(expert_idx_A), dtype=bool)
-    return ReplicaChoice(worker_A=worker_A, may_load_A=may_load_A)
+    return parts_of
 
 
 def _usable_copies(

@@ -194,16 +194,16 @@ def test_stand_in_is_the_same_for_every_dispatcher(backlog: list[float], num_row
 def test_experts_of_one_copy_go_the_same_way_beside_one_of_several(
     given_choices: Choices, loads: WorkerLoads
 ) -> None:
-    """The quick way for tables without copies is the general way, which one more row asks for."""
     routes = routes_of([0], [1], [2], [3], [0], [1], [2, 3])
     pairs = assignments_of(given_choices.ids_TK, given_choices.weights_TK)
     loads = replace(loads, is_usable_W=[True] * 4)
-    quick = choose_replicas(routes, pairs.expert_idx_A, pairs.token_idx_A, loads)
+    alone = choose_replicas(routes, pairs.expert_idx_A, pairs.token_idx_A, loads)
     with_copies = (np.append(pairs.expert_idx_A, 6), np.append(pairs.token_idx_A, 0))
-    general = choose_replicas(routes, *with_copies, loads)
-    assert quick.worker_A.tolist() == general.worker_A[:-1].tolist()
-    assert not quick.may_load_A.any()
-    assert not general.may_load_A.any()
+    beside = choose_replicas(routes, *with_copies, loads)
+    assert alone.worker_A.tolist() == beside.worker_A[:-1].tolist()
+    assert alone.worker_A.tolist() == routes.home_E[pairs.expert_idx_A].tolist()
+    assert not alone.may_load_A.any()
+    assert not beside.may_load_A.any()
 
 
 @pytest.mark.parametrize("experts", [[], [0], [0, 1]])
