@@ -7,6 +7,7 @@ expert 1, row 1 expert 1); worker 1 gets row 1 with one assignment.
 T tokens, D hidden, K top-k, A assignments (token, expert pairs), R rows of one call.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -125,6 +126,7 @@ def plan_dispatch(
 
 
 def _homes_of(assignments: Assignments, routes: LayerRoutes) -> Int16:
+    """(A,) each expert's first copy; whether all are known is asked only when numpy finds that one is not."""
     try:
         return routes.home_E[assignments.expert_idx_A]
     except IndexError:
@@ -146,13 +148,7 @@ def _calls_of(
     token_A = assignments.token_idx_A[order_A]
     expert_A, weight_A = assignments.expert_idx_A[order_A], assignments.weight_A[order_A]
     counts = np.bincount(worker_A).tolist()
-    # Tokens ascend within a worker: where either changes, a row begins.
-    is_first_A = np.empty(len(order_A), dtype=bool)
-    np.not_equal(token_A[1:], token_A[:-1], out=is_first_A[1:])
-    begin = 0
-    for count in counts:
-        is_first_A[begin : begin + 1] = True
-        begin += count
+    is_first_A = _is_first(token_A, counts)
     row_A = np.add.accumulate(is_first_A.astype(np.int32), dtype=np.int32)
     token_R = token_A[is_first_A]
     calls = []
@@ -173,6 +169,17 @@ def _calls_of(
         calls.append(call)
         begin, begin_row = end, end_row
     return tuple(calls)
+
+
+def _is_first(token_A: Ints, counts: Sequence[int]) -> Bools:
+    """(A,) where a row begins: tokens ascend within a worker, so where either changes."""
+    is_first_A = np.empty(len(token_A), dtype=bool)
+    np.not_equal(token_A[1:], token_A[:-1], out=is_first_A[1:])
+    begin = 0
+    for count in counts:
+        is_first_A[begin : begin + 1] = True
+        begin += count
+    return is_first_A
 
 
 def add_partial(total_TD: Float64, call: WorkerCall, partial_RD: Float64 | Float32) -> None:

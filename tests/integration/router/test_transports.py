@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from router.experts import local_transport
 from router.experts.connect import TransportKind, is_this_host, make_transport
 from router.experts.payload import PayloadForms, encode_rows, encode_sums, read_forward, read_partial
 from tests.integration.router.fake_workers import (
@@ -27,7 +28,7 @@ from wire.frames import Frame, FrameKind, Part, encode_frame
 from wire.handshake import Handshake
 from wire.metrics import Metrics
 from wire.proto import control_pb2
-from wire.same_host import Block
+from wire.same_host import Block, create_block
 from workers.expert.local_server import LocalServer
 
 HIDDEN = 256
@@ -275,6 +276,28 @@ def test_damaged_shared_memory_is_found_where_bodies_are_summed(
         np.testing.assert_array_equal(again.tensors[0], call_frame().tensors[0])
         transport.close()
         server.close()
+
+
+def test_memory_of_an_answer_carries_another_call_when_nobody_reads_it_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def count_blocks(block_id: int, *, num_bytes: int) -> tuple[Block, int]:
+        made.append(block_id)
+        return create_block(block_id, num_bytes=num_bytes)
+
+    monkeypatch.setattr(local_transport, "create_block", count_blocks)
+    lab = Lab("local")
+    lab.start()
+    for seed in range(30):
+        lab.send(call_frame(seed)).result(timeout=ANSWER_S)
+    assert len(made) <= 2, "the stream's reader may let go of an answer after the next call began"
+    held = [lab.send(call_frame(seed)).result(timeout=ANSWER_S) for seed in range(5)]
+    assert len(made) >= 5
+    for seed, answered in enumerate(held):
+        np.testing.assert_array_equal(answered.tensors[0], call_frame(seed).tensors[0])
+    lab.close()
 
 
 def test_unknown_worker_is_lost(lab: Lab) -> None:
