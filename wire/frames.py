@@ -15,7 +15,7 @@ import enum
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -76,6 +76,10 @@ class FrameKind(enum.IntEnum):
     """A prefill waits its turn, nothing else is to be said; no tensors, meta is a KvHeader."""
     KV_PLACED = 8
     """As KV, without its tensor: meta is a KvHeader that says where the receiver reads the rows over NIXL."""
+
+
+_KINDS: Mapping[int, FrameKind] = {int(kind): kind for kind in FrameKind}
+"""By number: an enumeration looks longer for its members, and names the number that it does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +177,7 @@ def decode_frame(data: Buffer) -> Frame:
                 field="checksum",
             )
         return Frame(
-            kind=FrameKind(kind),
+            kind=_KINDS.get(kind) or FrameKind(kind),
             tensors=tensors,
             call_id=call_id,
             table_version=version,
@@ -202,7 +206,6 @@ def _describe(dtype: "np.dtype[Any]", shape: tuple[int, ...]) -> bytes:
 class _Described(NamedTuple):
     dtype: "np.dtype[Any]"
     shape: tuple[int, ...]
-    num_values: int
     num_bytes: int
 
 
@@ -213,23 +216,21 @@ def _read_descriptors(descriptors: bytes) -> tuple[_Described, ...]:
         if num_dims > _MAX_DIMS:
             raise FrameInvalid(f"a tensor has {num_dims} dimensions; at most {_MAX_DIMS}", field="layout")
         dtype, shape = _NUMPY_DTYPES[code], tuple(dims[:num_dims])
-        num_values = math.prod(shape)
-        found.append(_Described(dtype, shape, num_values, num_values * dtype.itemsize))
+        found.append(_Described(dtype, shape, math.prod(shape) * dtype.itemsize))
     return tuple(found)
 
 
 def _read_tensors(data: Buffer, descriptors: bytes, *, begin: int) -> tuple[tuple[Array, ...], int]:
     """Views of the body, which begins at `begin`, and where it should end."""
     arrays: list[Array] = []
-    for dtype, shape, num_values, num_bytes in _read_descriptors(descriptors):
+    for dtype, shape, num_bytes in _read_descriptors(descriptors):
         end = begin + num_bytes + (-num_bytes % 8)
         if end > len(data):
             raise FrameInvalid(
                 f"frame of {len(data)} bytes is too short for a {dtype.name} of shape {shape}",
                 field="layout",
             )
-        array: Array = np.frombuffer(data, dtype, num_values, begin) if num_bytes else np.empty(0, dtype)
-        arrays.append(array if len(shape) == 1 else array.reshape(shape))
+        arrays.append(np.ndarray(shape, dtype, data, begin) if num_bytes else np.empty(shape, dtype))
         begin = end
     return tuple(arrays), begin
 
