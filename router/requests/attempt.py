@@ -93,14 +93,18 @@ class Attempt:
             raise AttemptFailed(WorkerLost("the worker left the cluster"), is_answer=False) from None
 
     async def _read_rest(self) -> attention_pb2.SequenceEvent:
-        """An event of a call that has ended well."""
-        with contextlib.suppress(TimeoutError):
-            event = await asyncio.wait_for(self._events.get(), _LAST_EVENTS_S)
-            if event is not None:
-                self._events.put_nowait(None)
-                return event
-        error = self._feed.error or WorkerLost("the worker ended its stream without an end mark")
-        raise AttemptFailed(error, is_answer=False)
+        """An event of a call that has ended well; of a feed that has ended, too, none is on its way."""
+        event = None
+        if not self._feed.has_ended:
+            with contextlib.suppress(TimeoutError):
+                event = await asyncio.wait_for(self._events.get(), _LAST_EVENTS_S)
+        elif not self._events.empty():
+            event = self._events.get_nowait()
+        if event is None:
+            error = self._feed.error or WorkerLost("the worker ended its stream without an end mark")
+            raise AttemptFailed(error, is_answer=False)
+        self._events.put_nowait(None)
+        return event
 
 
 @contextlib.asynccontextmanager

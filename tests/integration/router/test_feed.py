@@ -84,6 +84,27 @@ def test_call_that_ends_without_an_end_mark_is_started_again(kit, monkeypatch):
     kit.run(main())
 
 
+@pytest.mark.parametrize("later_s", [0.0, 0.1])
+def test_stream_that_ends_with_its_call_is_not_waited_for(kit, later_s):
+    """The worker told its last token and died; the token was lost with the stream."""
+
+    async def main():
+        async def end_both(worker, request, context):
+            await kit.emit(request, context, limit=2)
+            worker.script = kit.answer
+            feed = worker.feeds[request.stream_id]
+            asyncio.get_running_loop().call_later(later_s, feed.put_nowait, None)
+
+        worker = both(kit, "d0", end_both)
+        async with kit.open_lab(worker) as lab:
+            began_s = asyncio.get_running_loop().time()
+            assert await lab.tokens(lab.call(PROMPT, max_tokens=6)) == kit.expected(PROMPT, 6)
+            assert asyncio.get_running_loop().time() - began_s < attempt._LAST_EVENTS_S
+            assert [request.attempt for request in worker.requests] == [0, 1]
+
+    kit.run(main())
+
+
 def test_events_of_a_call_that_was_given_up_reach_nobody(kit):
     async def main():
         async def go_on(worker, request, context):
@@ -118,7 +139,7 @@ def test_error_of_a_call_is_told_though_the_stream_ends_with_it(kit):
     kit.run(main())
 
 
-@pytest.mark.parametrize("deadline_s", [0.2, None])
+@pytest.mark.parametrize("deadline_s", [1.0, None])
 def test_worker_that_never_opens_its_stream_is_not_waited_for_for_ever(kit, deadline_s):
     """A stopped process, say: up to the deadline, or until the cluster is rid of the worker."""
 
