@@ -177,6 +177,11 @@ class FakeWorker(attention_pb2_grpc.AttentionServicer):
         )
 
 
+def both(name: str, script: Script = answer) -> FakeWorker:
+    """A worker that prefills and decodes."""
+    return FakeWorker(name, control_pb2.ROLE_BOTH, script)
+
+
 class FakeController(control_pb2_grpc.ControlServicer):
     """Sends the snapshots that a test pushes."""
 
@@ -353,6 +358,7 @@ def kit() -> SimpleNamespace:
         run=run_test,
         open_lab=open_lab,
         worker=FakeWorker,
+        both=both,
         hang_after=hang_after,
         abort_after=abort_after,
         abort_with=abort_with,

@@ -2,14 +2,10 @@
 
 import asyncio
 
-from wire.proto import attention_pb2, common_pb2, control_pb2
+from wire.proto import attention_pb2, common_pb2
 
 PROMPT = tuple(range(20, 37))
 OTHER = tuple(range(100, 117))
-
-
-def both(kit, name, script):
-    return kit.worker(name, control_pb2.ROLE_BOTH, script=script)
 
 
 def reusing(num_cached_tokens):
@@ -25,7 +21,7 @@ def reusing(num_cached_tokens):
 
 def test_prompt_follows_its_cached_beginning(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0", reusing(16)), both(kit, "d1", reusing(16))) as lab:
+        async with kit.open_lab(kit.both("d0", reusing(16)), kit.both("d1", reusing(16))) as lab:
             script, lab["d0"].script = lab["d0"].script, kit.hang_after(0)
             busy = lab.call((3, 4, 5), max_tokens=1)
             await lab.started(lab["d0"])
@@ -53,7 +49,7 @@ def test_busy_worker_does_not_keep_its_prefix_for_itself(kit):
             await hold.wait()
             await reusing(16)(worker, request, context)
 
-        async with kit.open_lab(both(kit, "d0", holding), both(kit, "d1", holding)) as lab:
+        async with kit.open_lab(kit.both("d0", holding), kit.both("d1", holding)) as lab:
             calls = []
             for num_calls in range(1, 7):
                 calls.append(asyncio.create_task(lab.tokens(lab.call(PROMPT, max_tokens=1))))
@@ -69,7 +65,7 @@ def test_busy_worker_does_not_keep_its_prefix_for_itself(kit):
 
 def test_worker_that_forgot_is_believed(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0", reusing(0)), both(kit, "d1", reusing(0))) as lab:
+        async with kit.open_lab(kit.both("d0", reusing(0)), kit.both("d1", reusing(0))) as lab:
             await lab.tokens(lab.call(OTHER, max_tokens=1))
             await lab.tokens(lab.call(PROMPT, max_tokens=1))
             await lab.tokens(lab.call(PROMPT, max_tokens=1))
@@ -82,7 +78,7 @@ def test_worker_that_forgot_is_believed(kit):
 
 def test_prefix_of_a_worker_that_was_started_again_is_forgotten(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0", reusing(16))) as lab:
+        async with kit.open_lab(kit.both("d0", reusing(16))) as lab:
             await lab.tokens(lab.call(PROMPT, max_tokens=1))
             lab["d0"].incarnation = 2
             lab.push()

@@ -7,21 +7,14 @@ import pytest
 
 from router.requests import attempt
 from wire.errors import DeadlinePassed, NotReady, WorkerLost, from_rpc
-from wire.proto import attention_pb2, control_pb2
+from wire.proto import attention_pb2
 
 PROMPT = (5, 6, 7)
 
 
-def both(kit, name, script=None):
-    worker = kit.worker(name, control_pb2.ROLE_BOTH)
-    if script:
-        worker.script = script
-    return worker
-
-
 def test_all_requests_of_a_worker_share_one_stream(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0")) as lab:
+        async with kit.open_lab(kit.both("d0")) as lab:
             prompts = [(5, 6, number) for number in range(8)]
             texts = await asyncio.gather(*(lab.tokens(lab.call(ids, max_tokens=5)) for ids in prompts))
             assert texts == [kit.expected(ids, 5) for ids in prompts]
@@ -35,7 +28,7 @@ def test_stream_that_breaks_costs_no_token(kit):
     """The worker lives, and so do its calls: they are started again, on a new stream."""
 
     async def main():
-        worker = both(kit, "d0", kit.hang_after(4))
+        worker = kit.both("d0", kit.hang_after(4))
         async with kit.open_lab(worker) as lab:
             texts = [asyncio.create_task(lab.tokens(lab.call((5, 6, n), max_tokens=9))) for n in range(3)]
             await lab.delivered(12)
@@ -61,7 +54,7 @@ def test_events_behind_the_end_of_their_call_are_read(kit):
             late.append(asyncio.create_task(tell_later()))
 
         late = []
-        async with kit.open_lab(both(kit, "d0", end_first)) as lab:
+        async with kit.open_lab(kit.both("d0", end_first)) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=6)) == kit.expected(PROMPT, 6)
             assert len(lab["d0"].requests) == 1
             await asyncio.gather(*late)
@@ -76,7 +69,7 @@ def test_call_that_ends_without_an_end_mark_is_started_again(kit, monkeypatch):
         async def forget(worker, request, context):
             await kit.emit(request, context, limit=2)
 
-        async with kit.open_lab(both(kit, "d0", forget), both(kit, "d1")) as lab:
+        async with kit.open_lab(kit.both("d0", forget), kit.both("d1")) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=6)) == kit.expected(PROMPT, 6)
             (again,) = lab["d1"].requests
             assert list(again.token_ids) == [*PROMPT, *kit.expected(PROMPT, 2)]
@@ -95,7 +88,7 @@ def test_stream_that_ends_with_its_call_is_not_waited_for(kit, later_s):
             feed = worker.feeds[request.stream_id]
             asyncio.get_running_loop().call_later(later_s, feed.put_nowait, None)
 
-        worker = both(kit, "d0", end_both)
+        worker = kit.both("d0", end_both)
         async with kit.open_lab(worker) as lab:
             began_s = asyncio.get_running_loop().time()
             assert await lab.tokens(lab.call(PROMPT, max_tokens=6)) == kit.expected(PROMPT, 6)
@@ -114,7 +107,7 @@ def test_events_of_a_call_that_was_given_up_reach_nobody(kit):
             finally:
                 await context.write(attention_pb2.SequenceEvent(token_ids=[9, 9, 9]))
 
-        worker = both(kit, "d0", go_on)
+        worker = kit.both("d0", go_on)
         async with kit.open_lab(worker) as lab:
             call = lab.call(PROMPT, max_tokens=6)
             await call.read()
@@ -132,8 +125,8 @@ def test_error_of_a_call_is_told_though_the_stream_ends_with_it(kit):
             worker.feeds[request.stream_id].put_nowait(None)
             await kit.abort_with(context, NotReady("d0 leaves the cluster"))
 
-        worker = both(kit, "d0", refuse_and_leave)
-        async with kit.open_lab(worker, both(kit, "d1")) as lab:
+        worker = kit.both("d0", refuse_and_leave)
+        async with kit.open_lab(worker, kit.both("d1")) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=3)) == kit.expected(PROMPT, 3)
 
     kit.run(main())
@@ -144,7 +137,7 @@ def test_worker_that_never_opens_its_stream_is_not_waited_for_for_ever(kit, dead
     """A stopped process, say: up to the deadline, or until the cluster is rid of the worker."""
 
     async def main():
-        worker = both(kit, "d0")
+        worker = kit.both("d0")
         worker.opens_streams = False
         async with kit.open_lab(worker, ready_wait_s=0.3, num_replays=0) as lab:
             call = lab.call(PROMPT, max_tokens=3, timeout=deadline_s)

@@ -21,17 +21,10 @@ from wire.proto import attention_pb2, common_pb2, control_pb2
 PROMPT = (5, 6, 7)
 
 
-def both(kit, name, script=None):
-    worker = kit.worker(name, control_pb2.ROLE_BOTH)
-    if script:
-        worker.script = script
-    return worker
-
-
 @pytest.mark.parametrize("num_before", [0, 1, 5, 11])
 def test_worker_that_dies_mid_stream_costs_no_token(kit, num_before):
     async def main():
-        first, second = both(kit, "d0", kit.hang_after(num_before)), both(kit, "d1")
+        first, second = kit.both("d0", kit.hang_after(num_before)), kit.both("d1")
         async with kit.open_lab(first, second) as lab:
             stream = asyncio.create_task(lab.tokens(lab.call(PROMPT, max_tokens=12)))
             await first.is_hanging.wait()
@@ -53,7 +46,7 @@ def test_worker_that_dies_mid_stream_costs_no_token(kit, num_before):
 
 def test_worker_that_dies_after_its_last_token_needs_no_replay(kit):
     async def main():
-        first, second = both(kit, "d0", kit.hang_after(4)), both(kit, "d1")
+        first, second = kit.both("d0", kit.hang_after(4)), kit.both("d1")
         async with kit.open_lab(first, second) as lab:
             call = lab.call(PROMPT, max_tokens=4)
             await first.is_hanging.wait()
@@ -69,7 +62,7 @@ def test_worker_that_dies_after_its_last_token_needs_no_replay(kit):
 
 def test_worker_that_leaves_the_cluster_is_left_at_once(kit):
     async def main():
-        first, second = both(kit, "d0", kit.hang_after(3)), both(kit, "d1")
+        first, second = kit.both("d0", kit.hang_after(3)), kit.both("d1")
         async with kit.open_lab(first, second) as lab:
             stream = asyncio.create_task(lab.tokens(lab.call(PROMPT, max_tokens=9)))
             await first.is_hanging.wait()
@@ -82,14 +75,14 @@ def test_worker_that_leaves_the_cluster_is_left_at_once(kit):
 
 def test_the_only_worker_comes_back_as_another_process(kit):
     async def main():
-        worker = both(kit, "d0", kit.hang_after(3))
+        worker = kit.both("d0", kit.hang_after(3))
         async with kit.open_lab(worker) as lab:
             stream = asyncio.create_task(lab.tokens(lab.call(PROMPT, max_tokens=9)))
             await worker.is_hanging.wait()
             await worker.stop()
             lab.push(not_ready=("d0",))
             await lab.pushed()
-            reborn = both(kit, "d0")
+            reborn = kit.both("d0")
             reborn.incarnation = 2
             await reborn.start()
             lab.workers["d0"] = reborn
@@ -102,14 +95,14 @@ def test_the_only_worker_comes_back_as_another_process(kit):
 
 def test_refused_connections_of_the_only_worker_do_not_use_the_replays_up(kit):
     async def main():
-        worker = both(kit, "d0", kit.hang_after(3))
+        worker = kit.both("d0", kit.hang_after(3))
         async with kit.open_lab(worker, num_replays=1) as lab:
             stream = asyncio.create_task(lab.tokens(lab.call(PROMPT, max_tokens=9)))
             await worker.is_hanging.wait()
             await worker.stop()
             # The controller has not noticed yet: the snapshot still names the dead process.
             await lab.until(lambda: lab.metric("replays_total") >= 3)
-            reborn = both(kit, "d0")
+            reborn = kit.both("d0")
             reborn.incarnation = 2
             await reborn.start()
             lab.workers["d0"] = reborn
@@ -122,7 +115,7 @@ def test_refused_connections_of_the_only_worker_do_not_use_the_replays_up(kit):
 @pytest.mark.parametrize("kind", [WorkerLost, StaleTable, ExpertNotLoaded, FrameInvalid, NotReady])
 def test_error_of_a_worker_that_another_attempt_mends_is_not_seen(kit, kind):
     async def main():
-        worker = both(kit, "d0", kit.abort_after(2, kind("a test says so"), times=1))
+        worker = kit.both("d0", kit.abort_after(2, kind("a test says so"), times=1))
         async with kit.open_lab(worker) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=8)) == kit.expected(PROMPT, 8)
             assert [request.attempt for request in worker.requests] == [0, 1]
@@ -133,7 +126,7 @@ def test_error_of_a_worker_that_another_attempt_mends_is_not_seen(kit, kind):
 @pytest.mark.parametrize("kind", [HandshakeRefused, InternalError])
 def test_error_that_no_attempt_mends_reaches_the_client(kit, kind):
     async def main():
-        workers = [both(kit, name, kit.abort_after(2, kind("a test says so"))) for name in ("d0", "d1")]
+        workers = [kit.both(name, kit.abort_after(2, kind("a test says so"))) for name in ("d0", "d1")]
         async with kit.open_lab(*workers) as lab:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await lab.tokens(lab.call(PROMPT, max_tokens=8))
@@ -147,7 +140,7 @@ def test_error_that_no_attempt_mends_reaches_the_client(kit, kind):
 
 def test_replays_end(kit):
     async def main():
-        workers = [both(kit, f"d{idx}", kit.abort_after(1, WorkerLost("again"))) for idx in range(5)]
+        workers = [kit.both(f"d{idx}", kit.abort_after(1, WorkerLost("again"))) for idx in range(5)]
         async with kit.open_lab(*workers, num_replays=2) as lab:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await lab.tokens(lab.call(PROMPT, max_tokens=8))
@@ -160,8 +153,8 @@ def test_replays_end(kit):
 
 def test_overloaded_worker_is_passed_over(kit):
     async def main():
-        full = both(kit, "d0", kit.abort_after(0, Overloaded("no pages")))
-        async with kit.open_lab(full, both(kit, "d1")) as lab:
+        full = kit.both("d0", kit.abort_after(0, Overloaded("no pages")))
+        async with kit.open_lab(full, kit.both("d1")) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=8)) == kit.expected(PROMPT, 8)
             assert len(full.requests) == 1
 
@@ -170,7 +163,7 @@ def test_overloaded_worker_is_passed_over(kit):
 
 def test_overload_of_every_worker_reaches_the_client(kit):
     async def main():
-        workers = [both(kit, name, kit.abort_after(0, Overloaded("no pages"))) for name in ("d0", "d1")]
+        workers = [kit.both(name, kit.abort_after(0, Overloaded("no pages"))) for name in ("d0", "d1")]
         async with kit.open_lab(*workers) as lab:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await lab.tokens(lab.call(PROMPT, max_tokens=8))
@@ -208,7 +201,7 @@ def test_full_prefill_worker_is_passed_over_and_the_decode_worker_kept(kit):
 @pytest.mark.parametrize("num_read", [0, 2, 5])
 def test_worker_that_dies_while_no_client_listens_costs_no_token(kit, num_read):
     async def main():
-        first, second = both(kit, "d0", kit.hang_after(5)), both(kit, "d1", kit.hang_after(2))
+        first, second = kit.both("d0", kit.hang_after(5)), kit.both("d1", kit.hang_after(2))
         async with kit.open_lab(first, second) as lab:
             call = lab.call(PROMPT, max_tokens=12, request_id="r", priority=3, tenant="t")
             await lab.delivered(5)
@@ -242,7 +235,7 @@ async def _send_too_many(worker, request, context):
 
 def test_stream_that_ends_without_an_end_mark_is_replayed(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0", _end_without_mark), both(kit, "d1")) as lab:
+        async with kit.open_lab(kit.both("d0", _end_without_mark), kit.both("d1")) as lab:
             assert await lab.tokens(lab.call(PROMPT, max_tokens=3)) == kit.expected(PROMPT, 3)
 
     kit.run(main())
@@ -250,7 +243,7 @@ def test_stream_that_ends_without_an_end_mark_is_replayed(kit):
 
 def test_worker_that_sends_too_many_tokens_is_an_internal_error(kit):
     async def main():
-        async with kit.open_lab(both(kit, "d0", _send_too_many)) as lab:
+        async with kit.open_lab(kit.both("d0", _send_too_many)) as lab:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await lab.tokens(lab.call(PROMPT, max_tokens=3))
             assert caught.value.code() is grpc.StatusCode.INTERNAL
@@ -261,7 +254,7 @@ def test_worker_that_sends_too_many_tokens_is_an_internal_error(kit):
 
 def test_cancel_while_waiting_for_a_lost_worker_ends_the_request(kit):
     async def main():
-        worker = both(kit, "d0", kit.hang_after(3))
+        worker = kit.both("d0", kit.hang_after(3))
         async with kit.open_lab(worker) as lab:
             call = lab.call(PROMPT, max_tokens=9)
             await worker.is_hanging.wait()
@@ -293,7 +286,7 @@ def test_log_probabilities_are_told_once_when_the_worker_dies_on_the_way(kit, nu
         await context.write(event)
 
     async def main():
-        async with kit.open_lab(both(kit, "d0", breaks), both(kit, "d1", tells_all)) as lab:
+        async with kit.open_lab(kit.both("d0", breaks), kit.both("d1", tells_all)) as lab:
             sampling = common_pb2.SamplingParams(logprobs=0, prompt_logprobs=0)
             call = lab.call(PROMPT, max_tokens=2, sampling=sampling, request_id=request_id)
             responses = [response async for response in call]
