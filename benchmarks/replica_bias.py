@@ -128,7 +128,7 @@ def by_two_choices(routes: LayerRoutes, batch: Batch) -> Ints:
     rng = np.random.default_rng(SEED)
     level = list(batch.loads.backlog_W)
     draws = rng.random((len(batch.expert_idx_A), 2)).tolist()
-    counts, copies = routes.num_copies_E.tolist(), routes.worker_EM.tolist()
+    counts, copies = list(map(len, routes.copies_E)), routes.worker_EM.tolist()
     worker_A = []
     for expert, (first, second) in zip(batch.expert_idx_A.tolist(), draws, strict=True):
         count = counts[expert]

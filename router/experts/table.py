@@ -51,8 +51,6 @@ class LayerRoutes:
     """(E, M) worker index of each replica, padded with the last one."""
     threshold_E: tuple[tuple[float, ...], ...]
     """For each expert the upper ends of its replicas' intervals of [0, 1), but the last one's, which is 1."""
-    num_copies_E: Ints
-    """(E,) replicas of each expert, 1 to M."""
     home_E: Int16
     """(E,) worker index of each expert's first replica."""
     copies_E: tuple[tuple[int, ...], ...]
@@ -193,7 +191,6 @@ def _lay_out(by_expert: Sequence[Sequence[Replica]]) -> LayerRoutes:
         replicas=tuple(copy for copies in by_expert for copy in copies),
         worker_EM=np.array([held + held[-1:] * (most - len(held)) for held in copies_E], dtype=np.int64),
         threshold_E=tuple(_thresholds_of(copies) for copies in by_expert),
-        num_copies_E=np.array([len(held) for held in copies_E], dtype=np.int64),
         home_E=np.array([held[0] for held in copies_E], dtype=np.int16),
         copies_E=copies_E,
     )
