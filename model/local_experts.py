@@ -37,7 +37,7 @@ class LocalExperts:
 
     def __init__(self, kernels: Kernels, experts: Mapping[int, Mapping[int, Mlp]]) -> None:
         self._kernels = kernels
-        self._experts = experts
+        self._experts = {layer_idx: kernels.gather_experts(layer) for layer_idx, layer in experts.items()}
         """Layer -> logical expert -> weights."""
 
     @classmethod

@@ -221,9 +221,13 @@ class Kernels(Protocol):
             (R, U) int64, ascending.
         """
 
+    def gather_experts(self, experts: Mapping[int, Mlp]) -> Mapping[int, Mlp]:
+        """The same experts of one layer, made ready once for an `expert_sums` of every step."""
+
     def expert_sums(self, x_RD: Tensor, assignments: Assignments, experts: Mapping[int, Mlp]) -> Tensor:
         """Each row's weighted sum over its experts: (R, D) float64, zeros for a row with none.
 
         Raises:
             KeyError: an assignment names an expert that is not in `experts`.
+            IndexError: or a row that is not in x.
         """

@@ -259,6 +259,10 @@ class TorchKernels:
         kept = above | (tied & (tied.cumsum(-1) <= num_tied))
         return kept.nonzero()[:, 1].view(num_rows, num_selected)
 
+    def gather_experts(self, experts: Mapping[int, Mlp]) -> Mapping[int, Mlp]:
+        """As they are."""
+        return experts
+
     def expert_sums(self, x_RD: Tensor, assignments: Assignments, experts: Mapping[int, Mlp]) -> Tensor:
         """Each expert once, over all its rows."""
         sums_RD = x_RD.new_zeros(x_RD.shape, dtype=torch.float64)

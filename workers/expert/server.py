@@ -71,7 +71,11 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
         self._packing = make_packing(settings.group, settings.compute)
         self._checkpoint = open_checkpoint(checkpoint_dir)
         self.metrics = Metrics("expert")
-        self._store = SlotStore(self._load_experts, max_on_demand=settings.group.on_demand_experts)
+        self._store = SlotStore(
+            self._load_experts,
+            gather_experts=self._packing.kernels.gather_experts,
+            max_on_demand=settings.group.on_demand_experts,
+        )
         self._recent_load = RecentLoad(half_life_s=_LOAD_HALF_LIFE_S)
         self._expert_bytes = 0
         """Mean of the experts held; written when slots are loaded."""

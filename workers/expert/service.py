@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +52,8 @@ class ExpertService:
         self._kernels = kernels
         self._hidden_size = hidden_size
         self._metrics = metrics
-        self._device = device
+        self._device = None if device == "cpu" else device
+        """None = where the frames are; asked of that, torch looks around for long."""
         self.load = LoadCounters()
         """Rows since the controller's last heartbeat."""
 
@@ -87,13 +89,14 @@ class ExpertService:
         """A frame that was checked, with the experts that it names."""
         rows = read_forward(frame, hidden_size=self._hidden_size)
         experts = self._store.experts_of(frame.layer_idx)
-        missing = sorted(set(rows.expert_idx_A.tolist()) - experts.keys())
-        if missing and frame.flags & FLAG_LOAD_MISSING:
+        wanted = set(rows.expert_idx_A.tolist())
+        if not experts.keys() >= wanted:
+            missing = sorted(wanted - experts.keys())
+            if not frame.flags & FLAG_LOAD_MISSING:
+                raise ExpertNotLoaded(
+                    f"layer {frame.layer_idx}: experts {missing} are not in a slot of this worker"
+                )
             experts = {**experts, **self._load(frame.layer_idx, missing)}
-        elif missing:
-            raise ExpertNotLoaded(
-                f"layer {frame.layer_idx}: experts {missing} are not in a slot of this worker"
-            )
         return _Call(idx=idx, frame=frame, rows=rows, experts=experts)
 
     def _load(self, layer_idx: int, expert_ids: list[int]) -> Mapping[int, Mlp]:
@@ -115,7 +118,8 @@ class ExpertService:
                 reply(call.idx, self._refuse(call.frame, fault))
             return
         ended_s = time.perf_counter()
-        rows_by_phase = [self._count(call) for call in calls]
+        # An answer may come to lie where its call is.
+        computed = [(call.frame.flags, call.rows.expert_idx_A.copy()) for call in calls]
         begin = 0
         for call in calls:
             end = begin + len(call.rows.x_RD)
@@ -124,26 +128,25 @@ class ExpertService:
         self._metrics.histogram("forward_seconds").observe(ended_s - began_s)
         self._metrics.histogram("batch_calls").observe(len(calls))
         self._metrics.counter("calls_total", result="ok").inc(len(calls))
-        for phase, num_rows in rows_by_phase:
-            self._metrics.counter("rows_total", phase=phase).inc(num_rows)
+        for flags, expert_idx_A in computed:
+            phase: Phase = "prefill" if flags & FLAG_PREFILL else "decode"
+            self.load.count(phase, layer_idx, expert_idx_A)
+            self._metrics.counter("rows_total", phase=phase).inc(expert_idx_A.size)
 
     def _sums(self, calls: "Sequence[_Call]") -> npt.NDArray[np.float64]:
         """(R, D) sums of all calls, one behind another: one call of the kernel."""
-        starts = np.cumsum([0, *(len(call.rows.x_RD) for call in calls[:-1])], dtype=np.int32)
+        rows, experts = calls[0].rows, calls[0].experts
+        if len(calls) > 1:
+            rows = _one_behind_another([call.rows for call in calls])
+            if any(call.experts is not experts for call in calls):
+                experts = {expert: mlp for call in calls for expert, mlp in call.experts.items()}
         assignments = Assignments(
-            row_idx_A=self._tensor(
-                [c.rows.row_idx_A + start for c, start in zip(calls, starts, strict=True)]
-            ),
-            expert_idx_A=self._tensor([call.rows.expert_idx_A for call in calls]),
-            weights_A=self._tensor([call.rows.weight_A for call in calls]),
+            row_idx_A=self._tensor(rows.row_idx_A),
+            expert_idx_A=self._tensor(rows.expert_idx_A),
+            weights_A=self._tensor(rows.weight_A),
         )
-        experts = calls[0].experts
-        if any(call.experts is not experts for call in calls):
-            experts = {expert: mlp for call in calls for expert, mlp in call.experts.items()}
-        sums_RD = self._kernels.expert_sums(
-            self._tensor([call.rows.x_RD for call in calls]), assignments, experts
-        )
-        sums: npt.NDArray[np.float64] = sums_RD.cpu().numpy()
+        sums_RD = self._kernels.expert_sums(self._tensor(rows.x_RD), assignments, experts)
+        sums: npt.NDArray[np.float64] = (sums_RD if self._device is None else sums_RD.cpu()).numpy()
         return sums
 
     def _refuse(self, frame: Frame, error: MorayError) -> Frame:
@@ -151,17 +154,20 @@ class ExpertService:
         meta = f"{type(error).__name__}: {error.message}".encode()
         return Frame(kind=FrameKind.ERROR, call_id=frame.call_id, layer_idx=frame.layer_idx, meta=meta)
 
-    def _tensor(self, parts: Sequence[Array]) -> torch.Tensor:
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        # torch takes no read-only array, and views of received bytes are.
-        return torch.from_numpy(joined if joined.flags.writeable else joined.copy()).to(self._device)
+    def _tensor(self, array: Array) -> torch.Tensor:
+        # torch takes no read-only array, and views of received bytes may be.
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        return tensor if self._device is None else tensor.to(self._device)
 
-    def _count(self, call: _Call) -> tuple[Phase, int]:
-        """Counts its rows; their phase and number. The answer may come to lie where the call is."""
-        phase: Phase = "prefill" if call.frame.flags & FLAG_PREFILL else "decode"
-        expert_idx_A = call.rows.expert_idx_A
-        self.load.count(phase, call.frame.layer_idx, expert_idx_A)
-        return phase, int(expert_idx_A.size)
+
+def _one_behind_another(calls: Sequence[ForwardRows]) -> ForwardRows:
+    starts = accumulate((len(rows.x_RD) for rows in calls[:-1]), initial=0)
+    return ForwardRows(
+        x_RD=np.concatenate([rows.x_RD for rows in calls]),
+        row_idx_A=np.concatenate([r.row_idx_A + start for r, start in zip(calls, starts, strict=True)]),
+        expert_idx_A=np.concatenate([rows.expert_idx_A for rows in calls]),
+        weight_A=np.concatenate([rows.weight_A for rows in calls]),
+    )
 
 
 def _unexpected(layer_idx: int, error: Exception) -> InternalError:

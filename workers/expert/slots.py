@@ -9,6 +9,8 @@ from workers.expert.types import Place, Slot
 
 LoadExperts = Callable[[Sequence[Place]], Iterable[tuple[Place, Mlp]]]
 """Reads the experts named from the checkpoint."""
+GatherExperts = Callable[[Mapping[int, Mlp]], Mapping[int, Mlp]]
+"""Makes the experts of one layer ready for the kernels."""
 
 
 class SlotStore:
@@ -18,14 +20,18 @@ class SlotStore:
     see the old contents or the new, never a mixture, because a layer's mapping is replaced, never written to.
     """
 
-    def __init__(self, load_experts: LoadExperts, *, max_on_demand: int = 0) -> None:
+    def __init__(
+        self, load_experts: LoadExperts, *, gather_experts: GatherExperts = dict, max_on_demand: int = 0
+    ) -> None:
         """Makes an empty one.
 
         Args:
             load_experts: reads weights.
+            gather_experts: makes each layer's ready, once.
             max_on_demand: experts outside the slots that `load_missing` keeps, >= 0.
         """
         self._load_experts = load_experts
+        self._gather_experts = gather_experts
         self._on_demand = OnDemandExperts(max_on_demand)
         self._lock = threading.Lock()
         self._slots: tuple[Slot, ...] = ()
@@ -56,8 +62,9 @@ class SlotStore:
         try:
             for (layer_idx, expert_idx), weights in self._load_experts(missing):
                 layers[layer_idx][expert_idx] = self._arriving[layer_idx, expert_idx] = weights
+            gathered = {layer_idx: self._gather_experts(experts) for layer_idx, experts in layers.items()}
             with self._lock:
-                self._layers = layers
+                self._layers = gathered
                 self._slots = tuple(sorted(slots))
                 self.table_version = table_version
         finally:

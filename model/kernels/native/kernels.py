@@ -112,6 +112,22 @@ class NativeMlp:
         return self._down(inner)
 
 
+class NativeExperts(dict[int, Mlp]):
+    """Experts of one layer, and a table of where their weights lie; it is not written to any more."""
+
+    def __init__(self, experts: Mapping[int, Mlp]) -> None:
+        super().__init__(experts)
+        mlps = {expert_idx: _native(mlp, NativeMlp) for expert_idx, mlp in experts.items()}
+        if len({mlp.kind for mlp in mlps.values()}) > 1:
+            raise ValueError(f"experts {sorted(mlps)} are held in several forms")
+        self.num_places = max(mlps, default=-1) + 1
+        """Entries of each table: an expert's is at its index, 0 where there is none."""
+        self._table = np.zeros((2, self.num_places), dtype=np.int64)
+        for expert_idx, mlp in mlps.items():
+            self._table[:, expert_idx] = mlp.gate_up_address, mlp.down_address
+        self.gate_up_address, self.down_address = (row.ctypes.data for row in self._table)
+
+
 class NativeKernels:
     """Every kernel in C++; the processor's threads are said once, here."""
 
@@ -297,26 +313,27 @@ class NativeKernels:
         )  # fmt: skip
         return position_RU
 
+    def gather_experts(self, experts: Mapping[int, Mlp]) -> Mapping[int, Mlp]:
+        """With the table of their weights that the library takes."""
+        return experts if isinstance(experts, NativeExperts) else NativeExperts(experts)
+
     def expert_sums(self, x_RD: Tensor, assignments: Assignments, experts: Mapping[int, Mlp]) -> Tensor:
         """All experts in one call."""
+        gathered = experts if isinstance(experts, NativeExperts) else NativeExperts(experts)
         x_RD = x_RD.contiguous()
-        sums_RD = torch.zeros(x_RD.shape, dtype=torch.float64)
-        expert_A = assignments.expert_idx_A.to(torch.int64).contiguous()
-        # Counting is a quarter of the time of np.unique for so few different numbers.
-        used = np.flatnonzero(np.bincount(expert_A.numpy())).tolist()
-        mlps = [_native(experts[expert_idx], NativeMlp) for expert_idx in used]
-        if len({mlp.kind for mlp in mlps}) > 1:
-            raise ValueError(f"experts {used} are held in several forms")
-        gate_up, down = np.zeros((2, used[-1] + 1 if used else 1), dtype=np.int64)
-        gate_up[used] = [mlp.gate_up_address for mlp in mlps]
-        down[used] = [mlp.down_address for mlp in mlps]
-        row_A = assignments.row_idx_A.to(torch.int64).contiguous()
-        weight_A = assignments.weights_A.to(torch.float32).contiguous()
-        self._library.moray_experts(
-            gate_up.ctypes.data, down.ctypes.data, len(gate_up), x_RD.data_ptr(), len(x_RD),
-            expert_A.data_ptr(), row_A.data_ptr(), weight_A.data_ptr(), len(expert_A),
+        row_A, expert_A = _int32(assignments.row_idx_A), _int32(assignments.expert_idx_A)
+        weight_A = assignments.weights_A.contiguous()
+        num_rows, num_assigned = len(x_RD), len(expert_A)
+        sums_RD = torch.empty(x_RD.shape, dtype=torch.float64)
+        wrong = self._library.moray_experts(
+            gathered.gate_up_address, gathered.down_address, gathered.num_places, x_RD.data_ptr(), num_rows,
+            x_RD.shape[1], expert_A.data_ptr(), row_A.data_ptr(), weight_A.data_ptr(), num_assigned,
             sums_RD.data_ptr(), self._num_threads,
         )  # fmt: skip
+        if wrong < num_assigned:
+            if (expert_idx := int(expert_A[wrong])) not in gathered:
+                raise KeyError(expert_idx)
+            raise IndexError(f"assignment {wrong} names row {int(row_A[wrong])} of {num_rows}")
         return sums_RD
 
 
@@ -324,6 +341,10 @@ def _native(packed: object, kind: type[_Packed]) -> _Packed:
     if not isinstance(packed, kind):
         raise TypeError(f"{type(packed).__name__} was packed by other kernels")
     return packed
+
+
+def _int32(index_A: Tensor) -> Tensor:
+    return index_A.to(torch.int32).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

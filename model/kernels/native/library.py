@@ -88,7 +88,8 @@ ARGUMENTS = {
         POINTER(Weight), c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int,
     ),
     "moray_experts": (
-        c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int,
+        c_void_p, c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p,
+        c_int,
     ),
     "moray_mlp": (POINTER(Weight), POINTER(Weight), c_void_p, c_int64, c_int, c_void_p, c_int),
     "moray_rms_norm": (
@@ -122,7 +123,9 @@ ARGUMENTS = {
     "moray_select_positions": (c_void_p, c_int, c_int64, c_void_p, c_int, c_void_p, c_int),
 }
 # fmt: on
-"""Types of every function's arguments; none returns anything."""
+"""Types of every function's arguments."""
+RETURNED = {"moray_experts": c_int}
+"""Types of results; the other functions have none."""
 
 
 def limit_spinning() -> None:
@@ -166,5 +169,5 @@ def _open(name: str) -> ctypes.CDLL | None:
         return None
     for function, arguments in ARGUMENTS.items():
         declared = getattr(library, function)
-        declared.argtypes, declared.restype = arguments, None
+        declared.argtypes, declared.restype = arguments, RETURNED.get(function)
     return library

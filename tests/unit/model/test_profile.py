@@ -17,7 +17,7 @@ from tests.reference_data import checkpoint_dir, goldens
 from tests.unit.model.harness import Model, reference_model, run_prompt
 from tests.unit.model.implementations import named_kernels
 
-NOT_COUNTED = {"name", "start", "pack", "pack_heads", "pack_joined", "pack_mlp"}
+NOT_COUNTED = {"name", "start", "pack", "pack_heads", "pack_joined", "pack_mlp", "gather_experts"}
 """What no step calls."""
 PROMPT = goldens("mtp")[2].prompt
 """Longer than what the indexer selects."""

@@ -44,10 +44,10 @@ struct Tile {
 };
 
 // Rows of activations through SwiGLUs. Row a of the groups is row source(a) of x; take(a, column, values, count) gets
-// its outputs, on the thread that computes them.
-template <class Source, class Take>
-void run(const std::vector<Group>& groups, const float* x, int64_t x_stride, int num_rows, const Source& source, const Take& take,
-         int num_threads) {
+// its outputs, on the thread that computes them. begin(r) is called before, for each row of x.
+template <class Source, class Begin, class Take>
+void run(const std::vector<Group>& groups, const float* x, int64_t x_stride, int num_rows, const Source& source,
+         const Begin& begin, const Take& take, int num_threads) {
   const Weight &first = *groups[0].gate_up, &second = *groups[0].down;
   const int hidden = first.width, width = second.width, num_all = groups.back().end;
   const int kind = first.kind, rows = rows_of_tile(kind), columns = first.panel_columns();
@@ -61,9 +61,10 @@ void run(const std::vector<Group>& groups, const float* x, int64_t x_stride, int
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     alignas(64) float gate[TILE_ROWS * INT8_PANEL], up[TILE_ROWS * INT8_PANEL];
     Tile tile;
-    if (is_int8) {
 #pragma omp for schedule(static)
-      for (int r = 0; r < num_rows; r++) outer_q.split(r, x + r * x_stride, hidden);
+    for (int r = 0; r < num_rows; r++) {
+      begin(r);
+      if (is_int8) outer_q.split(r, x + r * x_stride, hidden);
     }
     for (const Group& group : groups)
       for (int p = up_panel * thread / threads; p < up_panel * (thread + 1) / threads; p++)
@@ -96,26 +97,35 @@ void run(const std::vector<Group>& groups, const float* x, int64_t x_stride, int
 
 }  // namespace
 
-// sums (R, D) += weight_A * expert(x[row_A]), assignments in any order.
+// sums (R, D) = weight_A * expert(x[row_A]) added up, assignments in any order. Returns the number of the first
+// assignment that names a row that is not in x or an expert that is not there, and computes nothing then; else
+// num_assigned.
 //   gate_up, down: a packed weight for each expert, null where there is none; expert_A: (A,) index into them
-extern "C" void moray_experts(const Weight* const* gate_up, const Weight* const* down, int num_experts, const float* x, int num_rows,
-                              const int64_t* expert_A, const int64_t* row_A, const float* weight_A, int num_assigned, double* sums,
-                              int num_threads) {
-  if (num_assigned == 0) return;
+extern "C" int moray_experts(const Weight* const* gate_up, const Weight* const* down, int num_experts, const float* x, int num_rows,
+                             int hidden, const int32_t* expert_A, const int32_t* row_A, const float* weight_A, int num_assigned,
+                             double* sums, int num_threads) {
   std::vector<int> begin(num_experts + 1, 0), order(num_assigned);
-  for (int a = 0; a < num_assigned; a++) begin[expert_A[a] + 1]++;
+  for (int a = 0; a < num_assigned; a++) {
+    const bool is_known = expert_A[a] >= 0 && expert_A[a] < num_experts && gate_up[expert_A[a]];
+    if (!is_known || row_A[a] < 0 || row_A[a] >= num_rows) return a;
+    begin[expert_A[a] + 1]++;
+  }
   for (int e = 0; e < num_experts; e++) begin[e + 1] += begin[e];
   std::vector<Group> groups;
   for (int e = 0; e < num_experts; e++)
     if (begin[e] < begin[e + 1]) groups.push_back({gate_up[e], down[e], begin[e], begin[e + 1]});
   for (int a = 0; a < num_assigned; a++) order[begin[expert_A[a]]++] = a;
-  const int hidden = groups[0].down->num_columns;
-  const auto source = [&](int a) { return row_A[order[a]]; };
+  const auto clear = [&](int row) { std::memset(sums + (size_t)row * hidden, 0, hidden * sizeof(double)); };
+  const auto source = [&](int a) { return (int64_t)row_A[order[a]]; };
   const auto take = [&](int a, int column, const float* values, int count) {
-    double* sum = sums + row_A[order[a]] * hidden + column;
+    double* sum = sums + source(a) * hidden + column;
     for (int j = 0; j < count; j++) sum[j] += (double)(values[j] * weight_A[order[a]]);
   };
-  run(groups, x, groups[0].gate_up->width, num_rows, source, take, num_threads);
+  if (num_assigned)
+    run(groups, x, hidden, num_rows, source, clear, take, num_threads);
+  else
+    for (int r = 0; r < num_rows; r++) clear(r);
+  return num_assigned;
 }
 
 // y (R, D) = down(silu(gate x) * up x), for few rows: what moray_gemm does in three calls.
@@ -127,5 +137,6 @@ extern "C" void moray_mlp(const Weight* gate_up, const Weight* down, const float
   const auto take = [&](int a, int column, const float* values, int count) {
     std::memcpy(y + (size_t)a * width + column, values, count * 4);
   };
-  run({{gate_up, down, 0, num_rows}}, x, x_stride, num_rows, source, take, num_threads);
+  const auto nothing = [](int) {};
+  run({{gate_up, down, 0, num_rows}}, x, x_stride, num_rows, source, nothing, take, num_threads);
 }
