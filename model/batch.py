@@ -108,14 +108,51 @@ class CacheView(Protocol):
 
 
 class PendingRows(Protocol):
-    """Routed experts' output that may still be under way."""
+    """Rows that may still be under way."""
 
     def result(self) -> Tensor:
-        """(T, D) float32; waits until it is there."""
+        """(T, D) float32; waits until they are there."""
 
 
-MoeStep = Callable[[int, Tensor, Tensor, Tensor], PendingRows]
-"""Starts the routed experts of a layer: (layer_idx, x_TD float32, ids_TK int32, weights_TK float32)."""
+@dataclass(frozen=True)
+class ReadyRows:
+    """Rows that are there."""
+
+    rows_TD: Tensor
+
+    def result(self) -> Tensor:
+        """The rows."""
+        return self.rows_TD
+
+
+@dataclass(frozen=True)
+class LaterRows:
+    """Rows that are computed when they are asked for."""
+
+    compute: Callable[[Tensor], Tensor]
+    x_TD: Tensor
+
+    def result(self) -> Tensor:
+        """The rows."""
+        return self.compute(self.x_TD)
+
+
+class MoeStep(Protocol):
+    """Starts the routed experts of a layer."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether others compute them: this process's threads are free meanwhile."""
+
+    def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
+        """Their weighted sums.
+
+        Args:
+            layer_idx: MoE layer.
+            x_TD: (T, D) float32.
+            ids_TK: (T, K) int32 chosen experts, -1 = none.
+            weights_TK: (T, K) float32.
+        """
 
 
 class Trace(Protocol):

@@ -7,33 +7,22 @@ grouped, and which worker computes which, does not show.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from model.batch import PendingRows
+from model.batch import PendingRows, ReadyRows
 from model.checkpoint import Checkpoint
 from model.kernels.base import Assignments, Kernels
 from model.matrix import Mlp
 from model.weights import OnProgress, Packing, load_experts
 
 
-@dataclass(frozen=True)
-class ReadyRows:
-    """A `PendingRows` that is already there."""
-
-    rows_TD: Tensor
-    """(T, D) float32."""
-
-    def result(self) -> Tensor:
-        """The rows."""
-        return self.rows_TD
-
-
 class LocalExperts:
     """Holds every expert and combines exactly."""
+
+    is_elsewhere = False
 
     def __init__(self, kernels: Kernels, experts: Mapping[int, Mapping[int, Mlp]]) -> None:
         self._kernels = kernels

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.batch import PendingRows
 from model.fp8_blocks import dequantize_blocks, quantize_blocks
 from model.precision import Form
 
@@ -145,6 +146,13 @@ class Mlp(Protocol):
 
     def __call__(self, x_RD: Tensor) -> Tensor:
         """(R, D) float32 of (R, D) float32."""
+
+    def begin(self, x_RD: Tensor) -> PendingRows:
+        """The same while the caller does something else, as far as there are threads for it.
+
+        Args:
+            x_RD: (R, D) float32, not written to before the rows are there.
+        """
 
 
 ColumnFit = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.attention import Step, attention, plan_span
-from model.batch import Batch, CacheView, MoeStep, PendingRows, Trace
+from model.batch import Batch, CacheView, MoeStep, PendingRows, ReadyRows, Trace
 from model.config import ModelConfig
 from model.errors import ConfigInvalid
 from model.kernels.base import Kernels
@@ -151,18 +151,22 @@ class Transformer:
 
 @dataclass(frozen=True)
 class _Delta:
-    """What a block adds to the residual stream; some of it may still be under way."""
+    """What a block adds to the residual stream: a sum of parts, of which some may still be under way."""
 
-    ready_TD: Tensor | None
-    pending: PendingRows | None = None
+    parts: tuple[PendingRows, ...] = ()
 
     def result(self, x_TD: Tensor) -> Tensor:
         """(T, D) float32, of the shape of x."""
-        ready_TD = torch.zeros_like(x_TD) if self.ready_TD is None else self.ready_TD
-        return ready_TD if self.pending is None else ready_TD + self.pending.result()
+        if not self.parts:
+            return torch.zeros_like(x_TD)
+        first, *others = self.parts
+        total_TD = first.result()
+        for part in others:
+            total_TD = total_TD + part.result()
+        return total_TD
 
 
-_NOTHING = _Delta(ready_TD=None)
+_NOTHING = _Delta()
 
 
 @dataclass
@@ -187,11 +191,11 @@ def _run_layer(
     normed_TD = kernels.add_rms_norm(x_TD, attention_TD, layer.post_norm_D, eps=eps)
     if layer.moe is not None:
         return _run_moe(normed_TD, layer.moe, step, moe, layer_idx=layer_idx)
-    return _NOTHING if layer.mlp is None else _Delta(ready_TD=layer.mlp(normed_TD))
+    return _NOTHING if layer.mlp is None else _Delta((ReadyRows(layer.mlp(normed_TD)),))
 
 
 def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, layer_idx: int) -> _Delta:
-    """Routed experts plus the shared one, which is computed while the others are under way: (T, D)."""
+    """Routed experts plus the shared one, which is computed while others compute those: (T, D)."""
     logits_TE = weights.gate_ED(x_TD)
     if step.online_bias is None:
         ids_TK, weights_TK = step.kernels.choose_experts(logits_TE, weights.bias_E, step.config)
@@ -201,5 +205,5 @@ def _run_moe(x_TD: Tensor, weights: MoeWeights, step: Step, moe: MoeStep, *, lay
         )
     if step.trace is not None:
         step.trace.on_gate(layer_idx, ids_TK, weights_TK)
-    pending = moe(layer_idx, x_TD, ids_TK, weights_TK)
-    return _Delta(ready_TD=weights.shared(x_TD), pending=pending)
+    shared = weights.shared.begin(x_TD) if moe.is_elsewhere else ReadyRows(weights.shared(x_TD))
+    return _Delta((shared, moe(layer_idx, x_TD, ids_TK, weights_TK)))

@@ -8,7 +8,7 @@ positions, N rows of the cache where it stands for the cache, W cache row.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,7 @@ WEIGHT_FLOOR = 1e-20
 """Added to the sum that gate weights are divided by: sigmoids that all underflow give weight 0, not NaN."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Assignments:
+class Assignments(NamedTuple):
     """Which row goes to which expert, and with what weight; any order, a row any number of times."""
 
     row_idx_A: Tensor

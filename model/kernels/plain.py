@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.batch import LayerCache
+from model.batch import LaterRows, LayerCache, PendingRows
 from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, AbsorbedHeads, Assignments, CacheNorms, Reads
 from model.kernels.plain_attention import attend_causal, attend_expanded, attend_selected, row_blocks
@@ -116,6 +116,10 @@ class PlainMlp:
     def __call__(self, x_RD: Tensor) -> Tensor:
         """`down(silu(gate x) * up x)`: (R, D)."""
         return self.down(torch.mul(functional.silu(self.gate(x_RD)), self.up(x_RD)))
+
+    def begin(self, x_RD: Tensor) -> PendingRows:
+        """Nothing until the rows are asked for: torch has no threads beside the caller's."""
+        return LaterRows(self, x_RD)
 
 
 class TorchKernels:

@@ -15,6 +15,10 @@ from wire.phases import Phase
 class Experts(Protocol):
     """Routed experts as the engine uses them: a `model.batch.MoeStep` with a mark between steps."""
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """As in `MoeStep`."""
+
     def begin_step(self, phase: Phase) -> None:
         """Called before each step, with what it is for; placement changes at no other time."""
 
@@ -24,6 +28,8 @@ class Experts(Protocol):
 
 class RemoteExperts:
     """Experts in other processes, behind the dispatcher."""
+
+    is_elsewhere = True
 
     def __init__(self, dispatcher: ExpertDispatcher) -> None:
         self._dispatcher = dispatcher

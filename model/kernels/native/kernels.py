@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import LayerCache
+from model.batch import LaterRows, LayerCache, PendingRows
 from model.config import INDEXER_NORM_EPS, ModelConfig
 from model.kernels.base import WEIGHT_FLOOR, AbsorbedHeads, Assignments, CacheNorms, Reads
 from model.kernels.native.fit import fit_columns_of
@@ -76,6 +76,28 @@ class NativeJoined:
         return tuple(y[:, columns] for columns in self._columns)
 
 
+class _BegunRows:
+    """Rows that other threads compute."""
+
+    def __init__(self, library: ctypes.CDLL, ticket: int, y_RD: Tensor, *read: object) -> None:
+        """Takes what the threads write and read, so that nobody else gets the memory before they end."""
+        self._library = library
+        self._ticket = ticket
+        self._y_RD = y_RD
+        self._read = read
+        self._is_over = False
+
+    def result(self) -> Tensor:
+        """The rows."""
+        if not self._is_over:
+            self._library.moray_wait(self._ticket)
+            self._is_over = True
+        return self._y_RD
+
+    def __del__(self) -> None:
+        self.result()
+
+
 class NativeMlp:
     """A SwiGLU: gate's panels and up's behind each other, and down."""
 
@@ -110,6 +132,17 @@ class NativeMlp:
             joined.data_ptr(), len(joined), self._inner_width, inner.data_ptr(), self._num_threads
         )
         return self._down(inner)
+
+    def begin(self, x_RD: Tensor) -> PendingRows:
+        """Few rows are computed by all threads but the caller's, where there are any."""
+        if self._num_threads == 1 or len(x_RD) > FEW_ROWS:
+            return LaterRows(self, x_RD)
+        x_RD = _rows(x_RD)
+        y_RD = torch.empty(len(x_RD), self._down.num_columns)
+        ticket = self._library.moray_begin_mlp(
+            *self._structs, x_RD.data_ptr(), x_RD.stride(0), len(x_RD), y_RD.data_ptr(), self._num_threads - 1
+        )
+        return _BegunRows(self._library, ticket, y_RD, x_RD, self)
 
 
 class NativeExperts(dict[int, Mlp]):

@@ -92,6 +92,8 @@ ARGUMENTS = {
         c_int,
     ),
     "moray_mlp": (POINTER(Weight), POINTER(Weight), c_void_p, c_int64, c_int, c_void_p, c_int),
+    "moray_begin_mlp": (POINTER(Weight), POINTER(Weight), c_void_p, c_int64, c_int, c_void_p, c_int),
+    "moray_wait": (c_int64,),
     "moray_rms_norm": (
         c_void_p, c_int64, c_void_p, c_void_p, c_float, c_int, c_int, c_void_p, c_int,
     ),
@@ -124,7 +126,7 @@ ARGUMENTS = {
 }
 # fmt: on
 """Types of every function's arguments."""
-RETURNED = {"moray_experts": c_int}
+RETURNED = {"moray_experts": c_int, "moray_begin_mlp": c_int64}
 """Types of results; the other functions have none."""
 
 

@@ -142,6 +142,8 @@ def test_mtp_of_a_model_without_it_is_refused() -> None:
 class _Turns:
     """Local experts that note when each layer's rows are started, and when they are waited for."""
 
+    is_elsewhere = True
+
     def __init__(self, experts: LocalExperts) -> None:
         self._experts = experts
         self.events: list[tuple[str, int, int]] = []

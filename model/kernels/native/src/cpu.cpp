@@ -1,7 +1,10 @@
 // What this processor can run, where the threads of the kernels run, and what becomes of the memory between them.
+#include "cpu.h"
+
 #include <omp.h>
 
 #include <cstdlib>
+#include <vector>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -38,15 +41,21 @@ extern "C" void moray_keep_memory() {
 #endif
 }
 
+static std::vector<int> bound_cpus;
+
+void bind_thread(int n) {
+#if defined(__linux__)
+  if (n >= (int)bound_cpus.size()) return;
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  CPU_SET(bound_cpus[n], &mask);
+  sched_setaffinity(0, sizeof mask, &mask);
+#endif
+}
+
 // Keeps the calling thread on the first of the processors, and the threads that help it on the others.
 extern "C" void moray_bind_threads(const int* cpus, int num_threads) {
-#if defined(__linux__)
+  bound_cpus.assign(cpus, cpus + num_threads);
 #pragma omp parallel num_threads(num_threads)
-  {
-    cpu_set_t mask;
-    CPU_ZERO(&mask);
-    CPU_SET(cpus[omp_get_thread_num()], &mask);
-    sched_setaffinity(0, sizeof mask, &mask);
-  }
-#endif
+  bind_thread(omp_get_thread_num());
 }

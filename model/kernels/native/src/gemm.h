@@ -51,4 +51,7 @@ void split_row(const float* x, int width, uint8_t* q, float* scale);
 // writes y + h * y_head. Strides count floats.
 extern "C" void moray_gemm(const Weight* w, int num_heads, const float* x, int num_rows, int64_t x_stride, int64_t x_head,
                            float* y, int64_t y_stride, int64_t y_head, int num_threads);
+// y (R, D) = down(silu(gate x) * up x); gate_up (2F, D) holds gate's panels, then up's.
+extern "C" void moray_mlp(const Weight* gate_up, const Weight* down, const float* x, int64_t x_stride, int num_rows, float* y,
+                          int num_threads);
 inline int padded_width(int width) { return (width + 3) / 4 * 4; }

@@ -147,6 +147,40 @@ def test_unknown_expert_is_an_error(kernels: Kernels) -> None:
         kernels.expert_sums(torch.ones(1, HIDDEN), unknown, _experts(kernels, "float32"))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_gathered_experts_are_the_same_and_give_the_same_bits(kernels: Kernels, form: Form) -> None:
+    x, ids, weights = _choices(13, seed=5)
+    assignments, experts = Assignments.from_choices(ids, weights), _experts(kernels, form)
+    gathered = kernels.gather_experts(experts)
+    assert dict(gathered) == dict(experts)
+    assert torch.equal(
+        kernels.expert_sums(x, assignments, gathered), kernels.expert_sums(x, assignments, experts)
+    )
+
+
+@pytest.mark.parametrize("expert_idx", [-1, NUM_EXPERTS, 2**31 - 1])
+def test_gathered_experts_know_who_is_not_among_them(native: Kernels, expert_idx: int) -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    unknown = Assignments(row_idx_A=one, expert_idx_A=one + expert_idx, weights_A=torch.ones(1))
+    gathered = native.gather_experts(_experts(native, "float32"))
+    with pytest.raises(KeyError, match=str(expert_idx)):
+        native.expert_sums(torch.ones(1, HIDDEN), unknown, gathered)
+
+
+@pytest.mark.parametrize("row_idx", [-1, 2])
+def test_row_that_is_not_there_is_an_error(native: Kernels, row_idx: int) -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    wrong = Assignments(row_idx_A=one + row_idx, expert_idx_A=one, weights_A=torch.ones(1))
+    with pytest.raises(IndexError, match=f"row {row_idx} of 2"):
+        native.expert_sums(torch.ones(2, HIDDEN), wrong, _experts(native, "float32"))
+
+
+def test_experts_of_two_forms_are_not_one_layers(native: Kernels) -> None:
+    mixed = {0: _experts(native, "float32")[0], 1: _experts(native, "int8")[1]}
+    with pytest.raises(ValueError, match=r"experts \[0, 1\] are held in several forms"):
+        native.gather_experts(mixed)
+
+
 def test_transposed_rows_are_taken(kernels: Kernels) -> None:
     x, ids, weights = _choices(30, seed=4)
     assignments = Assignments.from_choices(ids, weights)

@@ -198,3 +198,12 @@ def test_silu_far_from_zero_is_finite(kernels: Kernels) -> None:
     got = mlp(torch.tensor([[-200.0], [200.0]]))
     assert got[0].abs().max() < 1e-30
     assert got[1].tolist() == [40000.0, 40000.0]
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 13, 70])
+@pytest.mark.parametrize("form", FORMS)
+def test_mlp_that_was_begun_gives_the_bits_of_one_that_is_waited_for(
+    kernels: Kernels, form: Form, num_rows: int
+) -> None:
+    mlp, x = kernels.pack_mlp(*_mlp_parts(33, 50, seed=34), form), random(num_rows, 50, seed=37)
+    assert torch.equal(mlp.begin(x).result(), mlp(x))

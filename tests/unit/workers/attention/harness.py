@@ -71,6 +71,8 @@ def open_reference(shape: str) -> tuple[Checkpoint, Packing, InProcessExperts]:
 class DoorExperts:
     """Experts of this process behind a door: a held engine makes one step for each `step`."""
 
+    is_elsewhere = True
+
     def __init__(self, experts: Experts) -> None:
         self._experts = experts
         self._permits = threading.Semaphore(0)
