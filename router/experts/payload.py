@@ -20,7 +20,7 @@ Letters: T tokens, D hidden, R rows, A assignments, G groups of 128 values of a 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,8 +56,7 @@ class PayloadForms:
         return dict(_SUM_FLAGS).get(self.sums, 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ForwardRows:
+class ForwardRows(NamedTuple):
     """A FORWARD frame that was checked."""
 
     x_RD: Float32
@@ -100,7 +99,8 @@ def read_forward(frame: Frame, *, hidden_size: int) -> ForwardRows:
             f"assignments have shapes {row_idx_A.shape}, {expert_idx_A.shape}, {weight_A.shape}",
             field="shape",
         )
-    if row_idx_A.size and (row_idx_A.min() < 0 or row_idx_A.max() >= rows_RD.shape[0]):
+    # As unsigned numbers negative ones are large, too.
+    if row_idx_A.size and np.maximum.reduce(row_idx_A.view(np.uint32)) >= rows_RD.shape[0]:
         raise FrameInvalid(f"an assignment names a row outside [0, {rows_RD.shape[0]})", field="shape")
     return ForwardRows(
         x_RD=_decode_rows(rows_RD, scales),

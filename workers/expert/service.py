@@ -3,8 +3,8 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from router.experts.payload import ForwardRows, encode_sums, read_forward
 from wire.errors import ExpertNotLoaded, InternalError, ModelBroken, MorayError
 from wire.frames import FLAG_LOAD_MISSING, FLAG_PREFILL, Array, Frame, FrameKind
 from wire.metrics import Metrics
-from wire.phases import Phase
+from wire.phases import PHASES, Phase
 from workers.expert.load import LoadCounters
 from workers.expert.slots import SlotStore
 from workers.expert.types import Reply
@@ -25,8 +25,7 @@ from workers.expert.types import Reply
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
+class _Call(NamedTuple):
     """One frame among those that are answered together."""
 
     idx: int
@@ -56,6 +55,11 @@ class ExpertService:
         """None = where the frames are; asked of that, torch looks around for long."""
         self.load = LoadCounters()
         """Rows since the controller's last heartbeat."""
+        # Looked up once: they are counted in every call.
+        self._forward_seconds = metrics.histogram("forward_seconds")
+        self._batch_calls = metrics.histogram("batch_calls")
+        self._answered = metrics.counter("calls_total", result="ok")
+        self._rows = {phase: metrics.counter("rows_total", phase=phase) for phase in PHASES}
 
     def answer(self, frame: Frame) -> Frame:
         """The PARTIAL frame of a FORWARD frame, or an ERROR frame that names what is wrong with it."""
@@ -125,13 +129,13 @@ class ExpertService:
             end = begin + len(call.rows.x_RD)
             reply(call.idx, _partial_frame(call.frame, sums_RD[begin:end]))
             begin = end
-        self._metrics.histogram("forward_seconds").observe(ended_s - began_s)
-        self._metrics.histogram("batch_calls").observe(len(calls))
-        self._metrics.counter("calls_total", result="ok").inc(len(calls))
+        self._forward_seconds.observe(ended_s - began_s)
+        self._batch_calls.observe(len(calls))
+        self._answered.inc(len(calls))
         for flags, expert_idx_A in computed:
             phase: Phase = "prefill" if flags & FLAG_PREFILL else "decode"
             self.load.count(phase, layer_idx, expert_idx_A)
-            self._metrics.counter("rows_total", phase=phase).inc(expert_idx_A.size)
+            self._rows[phase].inc(expert_idx_A.size)
 
     def _sums(self, calls: "Sequence[_Call]") -> npt.NDArray[np.float64]:
         """(R, D) sums of all calls, one behind another: one call of the kernel."""
