@@ -33,6 +33,9 @@ class ExpertConfig(WorkerGroupConfig):
     """Expert slots of each worker in each MoE layer; 0 = just enough for every expert once."""
     on_demand_experts: int = Field(256, ge=1)
     """Experts outside its slots that a worker keeps after it had to load them for a lost worker's rows."""
+    bind_threads: bool = True
+    """Whether a worker computes on processors of its own, where its host has some that no other expert worker
+    has taken; never in a pod that shares its node's."""
 
 
 class AttentionConfig(WorkerGroupConfig):

@@ -1,6 +1,5 @@
 """Calls that wait for the arithmetic: one thread computes at a time, all calls of a layer together."""
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,8 +28,22 @@ class CallQueue:
     calls is kept from bringing the next.
     """
 
-    def __init__(self, answer_all: AnswerAll, *, start: Callable[[], None], metrics: Metrics) -> None:
-        """Takes the computation, which one thread at a time calls, and what is called before the first."""
+    def __init__(
+        self,
+        answer_all: AnswerAll,
+        *,
+        start: Callable[[], None],
+        metrics: Metrics,
+        on_thread: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Makes an empty one.
+
+        Args:
+            answer_all: the computation, which one thread at a time calls.
+            start: called before the first.
+            metrics: shows what waits.
+            on_thread: called by the queue's own thread when it begins.
+        """
         self._answer_all = answer_all
         self._start = start
         self._metrics = metrics
@@ -41,7 +54,7 @@ class CallQueue:
         self._is_computing = False
         """Whether some thread has taken the computation on; only that one runs it. If not, nothing waits."""
         self._is_started = False
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts", initializer=let_callers_finish)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="experts", initializer=on_thread)
 
     def submit(self, frame: Frame, reply: Callable[[Frame], None], *, may_compute: bool) -> None:
         """Puts a call into the queue.
@@ -98,16 +111,6 @@ class CallQueue:
             self._num_rows -= sum(call.num_rows for call in taken)
             self._metrics.gauge("queue_rows").set(self._num_rows)
             return taken
-
-
-def let_callers_finish() -> None:
-    """Has this thread not push aside, when a call wakes it, the caller that has others to wake.
-
-    Where caller and expert workers share processors, a woken thread otherwise takes the caller's own before
-    it has sent the next call, and the others begin a whole computation later.
-    """
-    if hasattr(os, "SCHED_BATCH"):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _num_rows(frame: Frame) -> int:

@@ -19,7 +19,6 @@ from wire.same_host import (
     send_message,
     send_text,
 )
-from workers.expert.call_queue import let_callers_finish
 from workers.expert.forward_stream import Submit
 
 _log = logging.getLogger(__name__)
@@ -28,14 +27,28 @@ _log = logging.getLogger(__name__)
 class LocalServer:
     """Listens beside the gRPC server; one thread waits for connections, one serves each."""
 
-    def __init__(self, address: str, *, handshake: Handshake, submit: Submit) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        handshake: Handshake,
+        submit: Submit,
+        on_thread: Callable[[], None] = lambda: None,
+    ) -> None:
         """Listens on the socket that belongs to a gRPC address.
+
+        Args:
+            address: of the worker's gRPC server.
+            handshake: what callers must say.
+            submit: where calls go.
+            on_thread: called by each connection's thread when it begins.
 
         Raises:
             OSError: no such sockets here, or another process has the name.
         """
         self._handshake = handshake
         self._submit = submit
+        self._on_thread = on_thread
         self._listener = listen_local(address)
         self._connections: set[_Connection] = set()
         """Added to by the waiting thread, taken from by each connection's own."""
@@ -60,7 +73,11 @@ class LocalServer:
                 accepted.close()
                 continue
             connection = _Connection(
-                accepted, handshake=self._handshake, submit=self._submit, on_end=self._connections.discard
+                accepted,
+                handshake=self._handshake,
+                submit=self._submit,
+                on_thread=self._on_thread,
+                on_end=self._connections.discard,
             )
             self._connections.add(connection)
             connection.start()
@@ -75,11 +92,13 @@ class _Connection:
         *,
         handshake: Handshake,
         submit: Submit,
+        on_thread: Callable[[], None],
         on_end: "Callable[[_Connection], None]",
     ) -> None:
         self._socket = connection
         self._handshake = handshake
         self._submit = submit
+        self._on_thread = on_thread
         self._on_end = on_end
         self._blocks: dict[int, Block] = {}
         self._sending = threading.Lock()
@@ -97,7 +116,7 @@ class _Connection:
         self._thread.join()
 
     def _run(self) -> None:
-        let_callers_finish()
+        self._on_thread()
         try:
             check_handshake(self._handshake, receive_handshake(self._socket).items())
             while self._take_call():

@@ -30,6 +30,7 @@ from workers.expert.load import Ints, RecentLoad, summarise
 from workers.expert.local_server import LocalServer
 from workers.expert.service import ExpertService
 from workers.expert.slots import SlotStore
+from workers.expert.threads import ComputeThreads
 from workers.expert.torch_server import TorchServer
 from workers.expert.types import Place, Slot, slots_from_proto, slots_to_proto
 from workers.packing import make_packing
@@ -89,8 +90,14 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             device=self._packing.device,
         )
         self._handshake = Handshake(model=self._checkpoint.fingerprint())
+        self._threads = ComputeThreads(
+            worker_id, num_threads=settings.group.num_threads, is_bound=settings.group.bind_threads
+        )
         self._queue = CallQueue(
-            self._service.answer_all, start=self._packing.kernels.start, metrics=self.metrics
+            self._service.answer_all,
+            start=self._packing.kernels.start,
+            metrics=self.metrics,
+            on_thread=self._threads.enter,
         )
         self._readers_compute = settings.group.num_threads == 1
         self._local: LocalServer | None = None
@@ -118,6 +125,7 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
             await asyncio.to_thread(self._local.close)
         await asyncio.to_thread(self._pairs.close)
         self._queue.close()
+        self._threads.close()
         self._loading.shutdown(wait=True, cancel_futures=True)
 
     @unary_errors
@@ -181,7 +189,9 @@ class ExpertServer(expert_pb2_grpc.ExpertServicer):
     def _listen_local(self, address: str) -> LocalServer | None:
         submit = partial(self._queue.submit, may_compute=self._readers_compute)
         try:
-            return LocalServer(address, handshake=self._handshake, submit=submit)
+            return LocalServer(
+                address, handshake=self._handshake, submit=submit, on_thread=self._threads.enter
+            )
         except OSError as error:
             _log.warning("%s takes no calls through shared memory: %s", self._worker_id, error)
             return None

@@ -1,6 +1,5 @@
 """The queue before the arithmetic: who computes, what is computed together, what the answers say."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +26,7 @@ class Lab:
         self.batches: list[list[int]] = []
         self.computed_by: list[str] = []
         self.starts: list[str] = []
-        self.policies: list[int | None] = []
+        self.announced: list[str] = []
         self.answers: dict[int, Frame] = {}
         self.is_computing = threading.Event()
         self.may_go_on = threading.Event()
@@ -37,12 +36,12 @@ class Lab:
             self.answer_all,
             start=lambda: self.starts.append(threading.current_thread().name),
             metrics=self.metrics,
+            on_thread=lambda: self.announced.append(threading.current_thread().name),
         )
 
     def answer_all(self, frames: Sequence[Frame], reply: Callable[[int, Frame], None]) -> None:
         self.batches.append([frame.call_id for frame in frames])
         self.computed_by.append(threading.current_thread().name)
-        self.policies.append(os.sched_getscheduler(0) if hasattr(os, "SCHED_BATCH") else None)
         self.is_computing.set()
         assert self.may_go_on.wait(WAIT_S)
         for idx, frame in enumerate(frames):
@@ -120,8 +119,9 @@ def test_frame_without_tensors_counts_no_rows(lab: Lab) -> None:
     assert lab.answers[3].queue_rows == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="no such scheduling policy on this system")
-def test_woken_thread_lets_its_caller_finish(lab: Lab) -> None:
-    lab.submit(call(1), may_compute=False)
-    lab.wait_answers(1)
-    assert lab.policies == [os.SCHED_BATCH]
+def test_queues_own_thread_is_announced(lab: Lab) -> None:
+    lab.submit(call(1), may_compute=True)
+    assert lab.announced == []
+    lab.submit(call(2), may_compute=False)
+    lab.wait_answers(2)
+    assert lab.announced == lab.computed_by[1:]

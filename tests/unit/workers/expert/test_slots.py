@@ -1,6 +1,7 @@
 """Expert slots: what is loaded, what is kept, what is refused, and that nothing is ever half done."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -49,6 +50,20 @@ def test_new_store_is_empty(store: SlotStore) -> None:
     assert (store.slots(), store.table_version, store.num_bytes()) == ((), 0, 0)
     assert store.experts_of(1) == {}
     store.check_integrity()
+
+
+def test_each_layers_experts_are_gathered_before_anyone_sees_them(loader: Loader) -> None:
+    gathered: list[Mapping[int, Mlp]] = []
+
+    def gather(experts: Mapping[int, Mlp]) -> Mapping[int, Mlp]:
+        gathered.append(MappingProxyType(dict(experts)))
+        return gathered[-1]
+
+    store = SlotStore(loader, gather_experts=gather)
+    store.prepare([Slot(1, 0, 5), Slot(1, 1, 6), Slot(2, 0, 5)], table_version=1)
+    assert [set(experts) for experts in gathered] == [{5, 6}, {5}]
+    assert store.experts_of(1) is gathered[0]
+    assert store.experts_of(2) is gathered[1]
 
 
 def test_what_is_held_is_kept_and_only_the_missing_loaded(store: SlotStore, loader: Loader) -> None:
