@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from model.profile import PARTS, StepClock
 from wire.errors import ConfigError
@@ -30,34 +31,56 @@ def random_prompts(num: int, *, num_tokens: int, vocab_size: int, seed: int) -> 
     return [[rng.randrange(3, vocab_size) for _ in range(num_tokens)] for _ in range(num)]
 
 
-def prefill_rate(ask: Ask, prompts: Sequence[Sequence[int]]) -> Rate:
-    """Prompt tokens per second until the first new token, one prompt after another; the first warms up."""
-    rates = []
-    for prompt in prompts:
+def prefill_rates(asks: Sequence[Ask], prompts: Sequence[Sequence[int]]) -> list[Rate]:
+    """Of each place, prompt tokens per second until the first new token.
+
+    One prompt after another, and of each the places in turns; the first prompt warms up.
+    """
+
+    def rate(ask: Ask, prompt: Sequence[int]) -> float:
         began_s = time.perf_counter()
         first_s = ask([prompt], 1)[0][0]
-        rates.append(len(prompt) / (first_s - began_s))
-    return _rate(rates[1:] or rates)
+        return len(prompt) / (first_s - began_s)
+
+    rounds = [partial(rate, prompt=prompt) for prompt in prompts]
+    return [_rate(rates[1:] or rates) for rates in _in_turns(asks, rounds)]
 
 
-def decode_rate(ask: Ask, prompts: Sequence[Sequence[int]], *, num_tokens: int, repeats: int) -> Rate:
-    """New tokens per second of all prompts together, while every one of them is decoding.
+def decode_rates(
+    asks: Sequence[Ask], prompts: Sequence[Sequence[int]], *, num_tokens: int, repeats: int
+) -> list[Rate]:
+    """Of each place, new tokens per second of all prompts together, while every one of them is decoding.
 
     It is the sum of their rates, each from the first to the last of its tokens in that time: tokens of one
     step come one behind another, so a count between two moments would cut through the steps at both ends.
+    The places take turns.
 
     Raises:
         ConfigError: so few tokens that the prompts did not decode together for a step.
     """
-    rates = []
-    for _ in range(repeats):
+
+    def rate(ask: Ask) -> float:
         moments = ask(prompts, num_tokens)
         begin_s, end_s = _together(moments)
         inside = [[moment for moment in times if begin_s <= moment <= end_s] for times in moments]
         if not all(times and times[0] < times[-1] for times in inside):
             raise _too_few(num_tokens)
-        rates.append(sum((len(times) - times.count(times[0])) / (times[-1] - times[0]) for times in inside))
-    return _rate(rates)
+        return sum((len(times) - times.count(times[0])) / (times[-1] - times[0]) for times in inside)
+
+    return [_rate(rates) for rates in _in_turns(asks, [rate] * repeats)]
+
+
+def _in_turns(asks: Sequence[Ask], rounds: Sequence[Callable[[Ask], float]]) -> list[list[float]]:
+    """For each place what it gave in every round; every second round begins with the last.
+
+    A machine drifts by more than places differ; what runs in turns drifts together.
+    """
+    rates: list[list[float]] = [[] for _ in asks]
+    for i, measure in enumerate(rounds):
+        order = range(len(asks)) if i % 2 == 0 else reversed(range(len(asks)))
+        for place in order:
+            rates[place].append(measure(asks[place]))
+    return rates
 
 
 def prefill_profile(ask: Ask, prompt: Sequence[int], clock: StepClock) -> dict[str, float]:

@@ -1,9 +1,12 @@
-"""`moray bench throughput`: prefill and decode rates, held against what the machine allows."""
+"""`moray bench throughput`: prefill and decode rates, held against what the machine allows.
+
+Topologies that are compared are up at the same time and take turns.
+"""
 
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +19,9 @@ from cluster.bench.streams import (
     Ask,
     Rate,
     decode_profile,
-    decode_rate,
+    decode_rates,
     prefill_profile,
-    prefill_rate,
+    prefill_rates,
     random_prompts,
 )
 from cluster.bench.work import Forms, StepWork, count_step
@@ -77,6 +80,9 @@ class Row:
     step_ms: dict[str, float] | None
     """Part of the model -> milliseconds of one step; for prefill, of the whole prompt."""
 
+    of_in_process: float | None
+    """The rate as a part of one process's in the same run; None where only one topology was measured."""
+
     @property
     def share_of_bound(self) -> float:
         """Of the bound, what was reached."""
@@ -106,7 +112,7 @@ class ThroughputReport:
 
 
 def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None = None) -> ThroughputReport:
-    """Runs every measurement of a spec, one after another; on_progress counts experts while a model loads.
+    """Runs every measurement of a spec; on_progress counts experts while a model loads.
 
     Raises:
         ConfigError: the model's context is too short for what is asked, too few tokens are, or a number is
@@ -117,19 +123,22 @@ def measure_throughput(spec: ThroughputSpec, *, on_progress: OnProgress | None =
     _check(spec, checkpoint.config)
     kernels = choose_kernels(num_threads=spec.num_threads)
     rows: list[Row] = []
-    for topology in spec.topologies:
-        for dtype in spec.dtypes:
-            run = _Run(
-                spec=spec,
-                bound=_Bound(checkpoint, spec, dtype),
-                measure_limits=lambda: measure_limits(kernels, num_threads=spec.num_threads),
-                vocab_size=checkpoint.config.vocab_size,
-                topology=topology,
-                dtype=dtype,
-                clock=StepClock() if spec.has_profile and topology == "in-process" else None,
-            )
-            with _asking(checkpoint, spec, run, on_progress) as ask:
-                rows += run.rows(ask)
+    for dtype in spec.dtypes:
+        runs = _Runs(
+            spec=spec,
+            bound=_Bound(checkpoint, spec, dtype),
+            measure_limits=lambda: measure_limits(kernels, num_threads=spec.num_threads),
+            vocab_size=checkpoint.config.vocab_size,
+            dtype=dtype,
+            clock=StepClock() if spec.has_profile and "in-process" in spec.topologies else None,
+        )
+        with contextlib.ExitStack() as places:
+            asks = {
+                topology: places.enter_context(_asking(checkpoint, topology, runs, on_progress))
+                for topology in spec.topologies
+            }
+            rows += runs.rows(asks)
+    rows.sort(key=lambda row: spec.topologies.index(row.topology))
     return ThroughputReport(spec=spec, kernels=kernels.name, rows=tuple(rows))
 
 
@@ -204,62 +213,73 @@ class _Bound:
 
 @contextlib.contextmanager
 def _asking(
-    checkpoint: Checkpoint, spec: ThroughputSpec, run: "_Run", on_progress: OnProgress | None
+    checkpoint: Checkpoint, topology: Topology, runs: "_Runs", on_progress: OnProgress | None
 ) -> Iterator[Ask]:
-    place = _place(spec, run.dtype)
-    if run.topology == "cluster":
+    spec, place = runs.spec, _place(runs.spec, runs.dtype)
+    if topology == "cluster":
         with in_cluster(spec.model, place, num_experts=spec.num_experts) as ask:
             yield ask
     else:
-        with in_process(checkpoint, place, clock=run.clock, on_progress=on_progress) as ask:
+        with in_process(checkpoint, place, clock=runs.clock, on_progress=on_progress) as ask:
             yield ask
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One topology and precision."""
+class _Runs:
+    """Every measurement of one precision."""
 
     spec: ThroughputSpec
     bound: _Bound
     measure_limits: Callable[[], MachineLimits]
     vocab_size: int
-    topology: Topology
     dtype: Precision
     clock: StepClock | None
+    """Of the engine in this process."""
 
-    def rows(self, ask: Ask) -> Iterator[Row]:
+    def rows(self, asks: Mapping[Topology, Ask]) -> Iterator[Row]:
         """Measures prefill, then every batch size."""
-        spec = self.spec
+        spec, places = self.spec, list(asks.values())
+        clock, ask_here = self.clock, asks.get("in-process")
+        profile = None
         if spec.prefill_tokens:
             prompts = self._prompts(spec.repeats + 1, spec.prefill_tokens)
             limits = self.measure_limits()
-            rate = prefill_rate(ask, prompts)
-            profile = None if self.clock is None else prefill_profile(ask, prompts[0], self.clock)
-            yield self._row("prefill", 1, rate, limits, profile)
+            rates = prefill_rates(places, prompts)
+            if clock is not None and ask_here is not None:
+                profile = prefill_profile(ask_here, prompts[0], clock)
+            yield from self._rows("prefill", 1, dict(zip(asks, rates, strict=True)), limits, profile)
         for batch in spec.batches:
             prompts = self._prompts(batch, spec.prompt_tokens)
             limits = self.measure_limits()
-            rate = decode_rate(ask, prompts, num_tokens=spec.new_tokens, repeats=spec.repeats)
-            profile = None
-            if self.clock is not None:
-                profile = decode_profile(ask, prompts, self.clock, num_tokens=spec.new_tokens)
-            yield self._row("decode", batch, rate, limits, profile)
+            rates = decode_rates(places, prompts, num_tokens=spec.new_tokens, repeats=spec.repeats)
+            if clock is not None and ask_here is not None:
+                profile = decode_profile(ask_here, prompts, clock, num_tokens=spec.new_tokens)
+            yield from self._rows("decode", batch, dict(zip(asks, rates, strict=True)), limits, profile)
 
     def _prompts(self, num: int, num_tokens: int) -> list[list[int]]:
         return random_prompts(num, num_tokens=num_tokens, vocab_size=self.vocab_size, seed=SEED)
 
-    def _row(
-        self, phase: Phase, batch: int, rate: Rate, limits: MachineLimits, profile: dict[str, float] | None
-    ) -> Row:
+    def _rows(
+        self,
+        phase: Phase,
+        batch: int,
+        rates: Mapping[Topology, Rate],
+        limits: MachineLimits,
+        profile: dict[str, float] | None,
+    ) -> Iterator[Row]:
         steps, num_tokens = self.bound.prefill() if phase == "prefill" else self.bound.decode(batch)
-        return Row(
-            topology=self.topology,
-            dtype=self.dtype,
-            phase=phase,
-            batch=batch,
-            tokens_per_s=rate,
-            limits=limits,
-            bound_tokens_per_s=num_tokens / sum(step.bound_s(limits) for step in steps),
-            overlapped_bound_tokens_per_s=num_tokens / sum(step.overlapped_bound_s(limits) for step in steps),
-            step_ms=profile,
-        )
+        here = rates.get("in-process")
+        for topology, rate in rates.items():
+            yield Row(
+                topology=topology,
+                dtype=self.dtype,
+                phase=phase,
+                batch=batch,
+                tokens_per_s=rate,
+                limits=limits,
+                bound_tokens_per_s=num_tokens / sum(step.bound_s(limits) for step in steps),
+                overlapped_bound_tokens_per_s=num_tokens
+                / sum(step.overlapped_bound_s(limits) for step in steps),
+                step_ms=profile if rate is here else None,
+                of_in_process=None if here is None or rate is here else rate.median / here.median,
+            )

@@ -51,7 +51,8 @@ def throughput(  # noqa: PLR0913, PLR0917 - one parameter a flag
     model: Annotated[str, typer.Option(help="Checkpoint directory, or a model in the box.")] = "nano",
     dtype: Annotated[str, typer.Option(help="Forms of the weights, with commas between.")] = "auto",
     topology: Annotated[
-        BenchTopology, typer.Option(help="One process, or a cluster as deployed.")
+        BenchTopology,
+        typer.Option(help="One process, a cluster as deployed, or both in turns: both are in memory."),
     ] = BenchTopology.IN_PROCESS,
     batches: Annotated[str, typer.Option(help="Requests decoded together, with commas between.")] = "1,8,32",
     prefill_tokens: Annotated[int, typer.Option(min=0, help="Prompt of the prefill; 0 = none.")] = 2048,
@@ -155,6 +156,10 @@ def _show(report: "ThroughputReport") -> None:
     )
     console.print(f"machine, measured before every row: {measured}")
     console.print(_rate_table(report.rows))
+    for row in report.rows:
+        if row.of_in_process is not None:
+            what = f"{row.topology}, {row.dtype}, {_phase(row)}"
+            console.print(f"{what}: {row.of_in_process:.2f} of one process", markup=False)
     for dtype in dict.fromkeys(report.spec.dtypes):
         profiled = [row for row in report.rows if row.dtype == dtype and row.step_ms is not None]
         if profiled:

@@ -10,15 +10,24 @@ def test_cluster_is_measured(make_shell: Callable[[], Shell], ray_head: RayHead)
     shell = make_shell()
     flags = ["--prefill-tokens", "24", "--prompt-tokens", "9", "--new-tokens", "12", "--batches", "2"]
     flags += ["--repeats", "1", "--threads", "1", "--dtype", "int8", "--json"]
-    done = shell.run("bench", "throughput", "--topology", "cluster", *flags, **ray_head.joined)
+    done = shell.run("bench", "throughput", "--topology", "both", *flags, **ray_head.joined)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [(row["topology"], row["phase"], row["batch"]) for row in rows] == [
+        ("in-process", "prefill", 1),
+        ("in-process", "decode", 2),
         ("cluster", "prefill", 1),
         ("cluster", "decode", 2),
     ]
-    assert [row["tokens_per_s"]["median"] > 0 for row in rows] == [True, True]
-    assert [row["step_ms"] for row in rows] == [None, None]
+    assert min(row["tokens_per_s"]["median"] for row in rows) > 0
+    assert [row["step_ms"] for row in rows] == [None] * 4
+    rates = [row["tokens_per_s"]["median"] for row in rows]
+    assert [row["of_in_process"] for row in rows] == [
+        None,
+        None,
+        rates[2] / rates[0],
+        rates[3] / rates[1],
+    ]
     assert not (shell.folder / "cluster.json").exists()
 
 

@@ -71,6 +71,7 @@ def made_up(spec: ThroughputSpec) -> ThroughputReport:
             bound_tokens_per_s=234567.8,
             overlapped_bound_tokens_per_s=345678.9,
             step_ms=dict.fromkeys((*PARTS, "python"), 1234.5) if spec.has_profile else None,
+            of_in_process=0.875 if len(spec.topologies) > 1 and topology == "cluster" else None,
         )
         for topology in spec.topologies
         for dtype in spec.dtypes
@@ -262,3 +263,14 @@ def test_too_few_new_tokens_are_a_usage_error(bench: Bench) -> None:
     code, out, error = bench(*SMALL, *flags)
     assert (code, out) == (2, "")
     assert "'--new-tokens'" in error.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("not_measured")
+def test_cluster_is_compared_with_one_process_of_the_same_run(bench: Bench) -> None:
+    _, out, _ = bench("--topology", "both", "--dtype", "int8", "--batches", "32")
+    assert [line for line in out.splitlines() if "of one process" in line] == [
+        "cluster, int8, prefill: 0.88 of one process",
+        "cluster, int8, decode 32: 0.88 of one process",
+    ]
+    _, out, _ = bench("--topology", "cluster", "--dtype", "int8", "--batches", "32")
+    assert "of one process" not in out

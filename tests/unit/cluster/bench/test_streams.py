@@ -11,9 +11,9 @@ from cluster.bench.streams import (
     Moments,
     Rate,
     decode_profile,
-    decode_rate,
+    decode_rates,
     prefill_profile,
-    prefill_rate,
+    prefill_rates,
     random_prompts,
 )
 from model.profile import PARTS, StepClock
@@ -47,6 +47,16 @@ def answering(*answers: Moments) -> Ask:
     return lambda *_: left.pop(0)
 
 
+def _prefill_rate(ask: Ask, prompts: Sequence[Sequence[int]]) -> Rate:
+    """Of one place."""
+    return prefill_rates([ask], prompts)[0]
+
+
+def _decode_rate(ask: Ask, prompts: Sequence[Sequence[int]], *, num_tokens: int, repeats: int) -> Rate:
+    """Of one place."""
+    return decode_rates([ask], prompts, num_tokens=num_tokens, repeats=repeats)[0]
+
+
 def test_random_prompts_are_those_of_the_seed() -> None:
     prompts = random_prompts(3, num_tokens=50, vocab_size=10, seed=1)
     assert prompts == random_prompts(3, num_tokens=50, vocab_size=10, seed=1)
@@ -69,13 +79,33 @@ def test_prefill_rate_is_of_all_prompts_but_the_first(time: Time) -> None:
         asked.append((len(prompts), num_tokens))
         return [[time.after(seconds[len(asked) - 1])]]
 
-    rate = prefill_rate(ask, [[7] * 8] * 4)
+    rate = _prefill_rate(ask, [[7] * 8] * 4)
     assert rate == Rate(median=4.0, lowest=2.0, highest=8.0)
     assert asked == [(1, 1)] * 4
 
 
+def test_places_take_turns_and_begin_in_turns(time: Time) -> None:
+    asked: list[str] = []
+
+    def place(name: str, seconds: float) -> Ask:
+        def ask(prompts: Sequence[Sequence[int]], num_tokens: int) -> Moments:
+            asked.append(f"{name}{len(prompts[0])}")
+            return [[time.after(seconds), time.after(seconds)][:num_tokens]]
+
+        return ask
+
+    places = [place("a", 2.0), place("b", 4.0)]
+    rates = prefill_rates(places, [[7] * 8, [7] * 16, [7] * 24])
+    assert asked == ["a8", "b8", "b16", "a16", "a24", "b24"]
+    assert [rate.median for rate in rates] == [10.0, 5.0]
+    asked.clear()
+    rates = decode_rates(places, [[7]], num_tokens=2, repeats=2)
+    assert asked == ["a1", "b1", "b1", "a1"]
+    assert [rate.median for rate in rates] == [0.5, 0.25]
+
+
 def test_prefill_rate_of_one_prompt_is_its_own(time: Time) -> None:
-    rate = prefill_rate(lambda *_: [[time.after(2.0)]], [[7] * 8])
+    rate = _prefill_rate(lambda *_: [[time.after(2.0)]], [[7] * 8])
     assert rate == Rate(median=4.0, lowest=4.0, highest=4.0)
 
 
@@ -84,16 +114,16 @@ def test_prefill_rate_passes_on_what_failed(time: Time) -> None:
         raise WorkerLost("gone")
 
     with pytest.raises(WorkerLost, match="gone"):
-        prefill_rate(ask, [[7]])
+        _prefill_rate(ask, [[7]])
 
 
 def test_decode_rate_of_one_prompt_leaves_out_its_prefill() -> None:
-    rate = decode_rate(answering([[5.0, 5.5, 6.0]]), [[3]], num_tokens=3, repeats=1)
+    rate = _decode_rate(answering([[5.0, 5.5, 6.0]]), [[3]], num_tokens=3, repeats=1)
     assert rate == Rate(median=2.0, lowest=2.0, highest=2.0)
 
 
 def test_decode_rate_adds_up_prompts_whose_tokens_come_one_behind_another() -> None:
-    rate = decode_rate(answering(BEHIND), PROMPTS, num_tokens=4, repeats=1)
+    rate = _decode_rate(answering(BEHIND), PROMPTS, num_tokens=4, repeats=1)
     assert rate.median == pytest.approx(2.0)
 
 
@@ -101,18 +131,18 @@ def test_decode_rate_counts_only_while_all_decode() -> None:
     """Alone, the first prompt decodes ten times as fast, and so does the second one at the end."""
     first = [0.0, 0.1, 0.2, 1.2, 2.2, 3.2]
     second = [1.2, 2.2, 3.2, 3.3, 3.4, 3.5]
-    rate = decode_rate(answering([first, second]), PROMPTS, num_tokens=6, repeats=1)
+    rate = _decode_rate(answering([first, second]), PROMPTS, num_tokens=6, repeats=1)
     assert rate.median == pytest.approx(2.0)
 
 
 def test_decode_rate_counts_tokens_that_come_together_after_the_first_moment() -> None:
-    rate = decode_rate(answering([[0.0, 0.0, 1.0, 2.0, 2.0]]), [[3]], num_tokens=5, repeats=1)
+    rate = _decode_rate(answering([[0.0, 0.0, 1.0, 2.0, 2.0]]), [[3]], num_tokens=5, repeats=1)
     assert rate.median == pytest.approx(1.5)
 
 
 def test_decode_rate_is_the_median_of_the_repeats() -> None:
     ask = answering([[0.0, 1.0]], [[0.0, 0.25]], [[0.0, 0.5]])
-    assert decode_rate(ask, [[3]], num_tokens=2, repeats=3) == Rate(median=2.0, lowest=1.0, highest=4.0)
+    assert _decode_rate(ask, [[3]], num_tokens=2, repeats=3) == Rate(median=2.0, lowest=1.0, highest=4.0)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +155,7 @@ def test_decode_rate_is_the_median_of_the_repeats() -> None:
 )
 def test_decode_rate_refuses_prompts_that_never_decode_together(moments: Moments) -> None:
     with pytest.raises(ConfigError, match=r"'--new-tokens'.*got 2") as refused:
-        decode_rate(answering(moments), PROMPTS, num_tokens=2, repeats=1)
+        _decode_rate(answering(moments), PROMPTS, num_tokens=2, repeats=1)
     assert refused.value.field == "--new-tokens"
 
 
