@@ -49,8 +49,8 @@ class _Probe:
 class ExpertDispatcher:
     """Sends each layer's rows to the expert workers of the routing table in force.
 
-    `set_table` is called by the thread that follows the controller; everything else by the engine thread,
-    which so never sees the table change within a step.
+    `set_table` is called by the thread that follows the controller and `give_up` by whoever ends the engine;
+    everything else by the engine thread, which so never sees the table change within a step.
     """
 
     def __init__(
@@ -83,11 +83,20 @@ class ExpertDispatcher:
         self._probes: dict[str, _Probe] = {}
         self._hidden_size = 0
         """D of the rows seen last."""
+        self.has_given_up = False
+        """Whether nothing is waited for any more."""
 
     def set_table(self, table: RoutingTable) -> None:
         """Offers a newer table; it is in force from the next step or retry on."""
         with self._changed:
             self._newest = table
+            self._changed.notify_all()
+        self.changed.set()
+
+    def give_up(self) -> None:
+        """Ends every wait, with WorkerLost for what has no answer: called by whoever stops the engine."""
+        with self._changed:
+            self.has_given_up = True
             self._changed.notify_all()
         self.changed.set()
 
@@ -103,7 +112,9 @@ class ExpertDispatcher:
             NotReady: no table came within the deadline.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._newest is not None, self.rules.deadline_s)
+            self._changed.wait_for(
+                lambda: self._newest is not None or self.has_given_up, self.rules.deadline_s
+            )
             newest = self._newest
         if newest is None:
             raise NotReady(_NO_TABLE)

@@ -210,9 +210,13 @@ class PendingDispatch:
         )
 
     def _left_s(self) -> float:
+        if self._dispatcher.has_given_up:
+            return 0.0
         return max(0.0, self._began_s + self._dispatcher.rules.deadline_s - time.monotonic())
 
     def _no_answer(self, worker_id: str) -> WorkerLost:
+        if self._dispatcher.has_given_up:
+            return WorkerLost(f"layer {self._layer_idx}: {worker_id} is not waited for, the caller stops")
         deadline_s = self._dispatcher.rules.deadline_s
         return WorkerLost(
             f"layer {self._layer_idx}: no answer of {worker_id} or another worker in time; "

@@ -210,6 +210,7 @@ class AttentionServer(attention_pb2_grpc.AttentionServicer):
             await self._server.stop(grace_s)
         for task in self._watching:
             await _cancel(task)
+        self._dispatcher.give_up()
         await asyncio.to_thread(self._engine.stop)
         await asyncio.to_thread(self._transport.close)
         await self._receiver.close()

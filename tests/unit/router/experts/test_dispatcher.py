@@ -32,6 +32,24 @@ def test_no_table_within_the_deadline_is_not_ready() -> None:
     assert it.clock.now_s == 110.0
 
 
+def test_first_table_is_not_waited_for_by_who_has_given_up() -> None:
+    with lab(rules=RULES) as it:
+        it.clock.after(3.0, it.dispatcher.give_up)
+        with pytest.raises(NotReady, match="no routing table yet"):
+            it.dispatcher.adopt_table("decode")
+    assert it.clock.now_s == 103.0
+
+
+@pytest.mark.parametrize("answer", [None, WorkerLost("gone")])
+def test_rows_are_not_waited_for_by_who_has_given_up(answer: WorkerLost | None) -> None:
+    """Neither workers that are silent nor rows that are parked until one comes back."""
+    with lab(lambda *_: answer, table=two_workers(1), rules=RULES) as it:
+        it.clock.after(3.0, it.dispatcher.give_up)
+        with pytest.raises(WorkerLost, match="gone" if answer else "is not waited for, the caller stops"):
+            it.run(random_choices(4))
+    assert it.clock.now_s == pytest.approx(103.0)
+
+
 def test_table_does_not_change_within_a_step() -> None:
     with lab(table=two_workers(1)) as it:
         it.dispatcher.set_table(two_workers(2, split=1))
