@@ -24,6 +24,7 @@ from cluster.models import ModelSource, find_model
 from cluster.placement import slots_per_layer
 from model.config import ModelConfig
 from wire.errors import ConfigError, MorayError, NotReady, WorkerLost
+from workers.attention.nixl_agent import check_installed
 from workers.checkpoint import open_checkpoint
 
 _CONTROLLER = "controller"
@@ -129,9 +130,12 @@ def start_cluster(config: MorayConfig, model: CheckedModel) -> Cluster:
     """Starts or joins Ray and puts the controller into it; does not wait for the workers.
 
     Raises:
-        ConfigError: a port is taken, or a cluster of this name runs already.
+        ConfigError: a port is taken, a cluster of this name runs already, or a package is missing.
         NotReady: RAY_ADDRESS is set and nothing answers there.
     """
+    if config.kv.transport == "nixl" and not os.environ.get("RAY_ADDRESS"):
+        # Said before anything starts. Workers of other hosts have packages of their own.
+        check_installed()
     if config.router.replicas and ":" not in config.router.host:
         _free_port(config.router.host, config.router.grpc_port, field="router.grpc_port")
         _free_port(config.router.host, config.router.http_port, field="router.http_port")

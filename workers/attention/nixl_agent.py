@@ -5,6 +5,7 @@ asked how far it is, also those that others read from it.
 """
 
 import importlib
+import importlib.util
 import logging
 import uuid
 from typing import Any
@@ -130,6 +131,16 @@ class NixlAgent:
         del self._agent
 
 
+def check_installed() -> None:
+    """Looks for the package without loading it.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if not any(importlib.util.find_spec(name) for name in _PACKAGES):
+        raise _not_found()
+
+
 def _load() -> Any:
     for name in _PACKAGES:
         try:
@@ -139,7 +150,11 @@ def _load() -> Any:
         # It tells of every agent on stdout, where Moray's JSON lines go.
         logging.getLogger("nixl").setLevel(logging.WARNING)
         return package
-    raise _no_agent(f"none of the modules {', '.join(_PACKAGES)} can be imported")
+    raise _not_found()
+
+
+def _not_found() -> ConfigError:
+    return _no_agent(f"none of the modules {', '.join(_PACKAGES)} can be imported")
 
 
 def _no_agent(why: str) -> ConfigError:

@@ -1,10 +1,13 @@
 """Where the threads that compute run, on a host that an expert worker shares with its callers and others."""
 
+import logging
 import os
 import re
 import socket
 from collections.abc import Sequence
 from typing import Self
+
+_log = logging.getLogger(__name__)
 
 NAME = "moray-processor-"
 """Of a processor's socket, before its number."""
@@ -87,10 +90,14 @@ class ComputeThreads:
         processors, the others would begin a whole computation later. And it stays on processors of its own: a
         kernel lets two of these threads wait for one processor while another is idle for most of a layer.
         """
-        if hasattr(os, "SCHED_BATCH"):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        if self.processors:
-            os.sched_setaffinity(0, self.processors)
+        try:
+            if hasattr(os, "SCHED_BATCH"):
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if self.processors:
+                os.sched_setaffinity(0, self.processors)
+        except OSError as error:
+            # Forbidden by a sandbox, or a processor was taken from the container since.
+            _log.warning("a computing thread runs where the system puts it: %s", error)
 
     def close(self) -> None:
         """Others may take the processors."""

@@ -102,6 +102,18 @@ def test_thread_that_is_not_to_be_bound_runs_anywhere() -> None:
     assert _entered(compute) == (HERE, os.SCHED_BATCH)
 
 
+@pytest.mark.parametrize("call", ["sched_setaffinity", "sched_setscheduler"])
+def test_thread_that_may_not_choose_computes_all_the_same(
+    call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, call, refuse)
+    assert _entered(ComputeThreads("expert-0", num_threads=1, is_bound=True))[0] == HERE
+    assert "where the system puts it" in caplog.text
+
+
 @pytest.mark.skipif(NUM < 2, reason="one processor")
 @pytest.mark.parametrize(
     ("worker_id", "number"), [("expert-0", -1), ("expert-1", -2), ("expert", -1)], ids=str
