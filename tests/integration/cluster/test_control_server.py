@@ -302,7 +302,7 @@ def test_stop_ends_every_stream_and_frees_the_port() -> None:
             await control.server.stop()
             with pytest.raises(grpc.aio.AioRpcError):
                 await stream.read()
-            assert control.gauge("watchers") == 0
+            await until(lambda: control.gauge("watchers") == 0)
             async with controller(port=control.port):
                 pass
 

@@ -166,7 +166,7 @@ def test_worker_of_both_roles_needs_no_other() -> None:
 
 
 def test_replicas_share_the_rows_and_change_nothing() -> None:
-    """Both workers hold every expert: each computes about half, and the text is the same."""
+    """Both workers hold every expert: each computes a good part, by how quick it was, and the text is the same."""
     golden = goldens("default")[3]
 
     async def main() -> None:
@@ -178,7 +178,7 @@ def test_replicas_share_the_rows_and_change_nothing() -> None:
                 sum(cluster.metric(f"expert-{i}", "rows_total", phase=phase) for phase in PHASES)
                 for i in range(2)
             ]
-            assert 0.4 < rows[0] / sum(rows) < 0.6
+            assert 0.2 < rows[0] / sum(rows) < 0.8
 
     run_test(main())
 
