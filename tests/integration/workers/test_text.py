@@ -166,7 +166,7 @@ def test_worker_of_both_roles_needs_no_other() -> None:
 
 
 def test_replicas_share_the_rows_and_change_nothing() -> None:
-    """Both workers hold every expert: each computes a good part, by how quick it was, and the text is the same."""
+    """Both workers hold every expert: each computes its part, by how quick it was; the text is the same."""
     golden = goldens("default")[3]
 
     async def main() -> None:
