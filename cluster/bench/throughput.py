@@ -79,7 +79,6 @@ class Row:
     """What they would allow if phases did not need each other."""
     step_ms: dict[str, float] | None
     """Part of the model -> milliseconds of one step; for prefill, of the whole prompt."""
-
     of_in_process: float | None
     """The rate as a part of one process's in the same run; None where only one topology was measured."""
 

@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from model.batch import LayerCache
@@ -44,8 +43,7 @@ class Assignments(NamedTuple):
         """
         is_chosen_TK = ids_TK >= 0
         row_idx_A = is_chosen_TK.nonzero()[:, 0]
-        expert_idx_A = ids_TK[is_chosen_TK].to(torch.int64)
-        return cls(row_idx_A=row_idx_A, expert_idx_A=expert_idx_A, weights_A=weights_TK[is_chosen_TK])
+        return cls(row_idx_A=row_idx_A, expert_idx_A=ids_TK[is_chosen_TK], weights_A=weights_TK[is_chosen_TK])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,24 +6,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.batch import PendingRows
+from model.batch import MoeStep, PendingRows
 from router.experts.dispatcher import ExpertDispatcher
 from router.experts.pending import PendingDispatch
 from wire.phases import Phase
 
 
-class Experts(Protocol):
-    """Routed experts as the engine uses them: a `model.batch.MoeStep` with a mark between steps."""
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """As in `MoeStep`."""
+class Experts(MoeStep, Protocol):
+    """Routed experts as the engine uses them: with a mark between steps."""
 
     def begin_step(self, phase: Phase) -> None:
         """Called before each step, with what it is for; placement changes at no other time."""
-
-    def __call__(self, layer_idx: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> PendingRows:
-        """Starts the routed experts of one layer."""
 
 
 class RemoteExperts:

@@ -346,13 +346,13 @@ class NativeKernels:
         )  # fmt: skip
         return position_RU
 
-    def gather_experts(self, experts: Mapping[int, Mlp]) -> Mapping[int, Mlp]:
+    def gather_experts(self, experts: Mapping[int, Mlp]) -> NativeExperts:
         """With the table of their weights that the library takes."""
         return experts if isinstance(experts, NativeExperts) else NativeExperts(experts)
 
     def expert_sums(self, x_RD: Tensor, assignments: Assignments, experts: Mapping[int, Mlp]) -> Tensor:
         """All experts in one call."""
-        gathered = experts if isinstance(experts, NativeExperts) else NativeExperts(experts)
+        gathered = self.gather_experts(experts)
         x_RD = x_RD.contiguous()
         row_A, expert_A = _int32(assignments.row_idx_A), _int32(assignments.expert_idx_A)
         weight_A = assignments.weights_A.contiguous()
