@@ -77,6 +77,8 @@ class ComputeThreads:
         number = re.search(r"\d+$", worker_id)
         first = int(number[0]) if number else 0
         self._processors = Processors.take(num_threads, first=first) if is_bound else Processors({})
+        where = ", ".join(map(str, self.processors)) or "any (expert.bind_threads says when it has its own)"
+        _log.info("%s computes on processor %s", worker_id, where)
 
     @property
     def processors(self) -> Sequence[int]:

@@ -97,6 +97,15 @@ def test_thread_runs_on_the_processors_and_pushes_nobody_aside() -> None:
     assert Processors.take(NUM).numbers == HERE
 
 
+@pytest.mark.parametrize(("is_bound", "where"), [(True, str(max(HERE, default=0))), (False, "any")])
+def test_log_says_where_a_worker_computes(
+    is_bound: bool, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger=threads.__name__)
+    ComputeThreads("expert-0", num_threads=1, is_bound=is_bound)
+    assert f"expert-0 computes on processor {where}" in caplog.text
+
+
 def test_thread_that_is_not_to_be_bound_runs_anywhere() -> None:
     compute = ComputeThreads("expert-0", num_threads=1, is_bound=False)
     assert _entered(compute) == (HERE, os.SCHED_BATCH)
